@@ -1,0 +1,176 @@
+//! BAR0 of a function that lives in shared memory: the registers and doorbells of `dray-nvme::registers`.
+//!
+//! The guest's accesses come through [`Bar::guest_write`] and [`Bar::guest_read`], or straight to memory where a client has the
+//! page mapped; the controller polls. A fall of CC.EN that is followed by a rise before the controller looks would be lost in
+//! plain memory, so falls are counted.
+
+use crate::memory::{Arena, MemoryError, PAGE, Pages};
+use dray_nvme::registers::offset;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Bytes of BAR0: registers and doorbells of 512 queue pairs at stride 0.
+pub const BAR_BYTES: usize = 2 * PAGE;
+
+const CC_EN: u32 = 1;
+
+/// BAR0 as memory.
+#[derive(Debug)]
+pub struct Bar {
+    arena: Arc<Arena>,
+    resets: AtomicU32,
+}
+
+impl Bar {
+    /// A BAR of zeroes.
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub fn new() -> Result<Self, MemoryError> {
+        Ok(Self { arena: Arena::new("dray-bar", BAR_BYTES, Pages::Small)?, resets: AtomicU32::new(0) })
+    }
+
+    /// The memory, to share by descriptor.
+    #[must_use]
+    pub fn arena(&self) -> &Arc<Arena> {
+        &self.arena
+    }
+
+    /// How often the guest has cleared CC.EN, or the function was reset.
+    #[inline]
+    #[must_use]
+    pub fn resets(&self) -> u32 {
+        self.resets.load(Ordering::Acquire)
+    }
+
+    /// A function-level reset: what clearing CC.EN does, and CC itself, AQA, ASQ and ACQ back to zero.
+    pub fn function_reset(&self) {
+        for register in [offset::CC, offset::AQA] {
+            self.store32(register, 0);
+        }
+        self.store64(offset::ASQ, 0);
+        self.store64(offset::ACQ, 0);
+        self.resets.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// A write of 4 or 8 bytes as the guest makes it. Writes to read-only registers, of other sizes or unaligned change nothing.
+    pub fn guest_write(&self, at: u32, bytes: &[u8]) {
+        match <[u8; 4]>::try_from(bytes) {
+            Ok(word) => self.guest_write32(at, u32::from_le_bytes(word)),
+            Err(_) => {
+                if let Ok(words) = <[u8; 8]>::try_from(bytes) {
+                    let value = u64::from_le_bytes(words);
+                    self.guest_write32(at, value as u32);
+                    self.guest_write32(at.saturating_add(4), (value >> 32) as u32);
+                }
+            }
+        }
+    }
+
+    /// A 4-byte write as the guest makes it.
+    #[inline]
+    pub fn guest_write32(&self, at: u32, value: u32) {
+        if !at.is_multiple_of(4) || at as usize + 4 > self.arena.len() {
+            return;
+        }
+        match at {
+            offset::DOORBELLS.. => self.arena.store32(at as usize, value, Ordering::Release),
+            offset::CC => {
+                let old = self.arena.swap32(at as usize, value);
+                if old & CC_EN != 0 && value & CC_EN == 0 {
+                    self.resets.fetch_add(1, Ordering::AcqRel);
+                }
+            }
+            offset::INTMS => self.mask_interrupts(value, 0),
+            offset::INTMC => self.mask_interrupts(0, value),
+            offset::AQA => self.store32(at, value),
+            _ if (offset::ASQ..offset::ACQ + 8).contains(&at) => self.store32(at, value),
+            _ => {}
+        }
+    }
+
+    fn mask_interrupts(&self, set: u32, clear: u32) {
+        self.arena.mask32(offset::INTMS as usize, set, clear);
+        self.arena.mask32(offset::INTMC as usize, set, clear);
+    }
+
+    /// A 4-byte read as the guest makes it; doorbells and what lies outside read 0.
+    #[must_use]
+    pub fn guest_read32(&self, at: u32) -> u32 {
+        let register = at < offset::DOORBELLS && at.is_multiple_of(4);
+        if register { self.arena.load32(at as usize, Ordering::Acquire) } else { 0 }
+    }
+
+    /// A register as the controller sees it.
+    #[inline]
+    #[must_use]
+    pub fn load32(&self, at: u32) -> u32 {
+        self.arena.load32(at as usize, Ordering::Acquire)
+    }
+
+    /// A 64-bit register as the controller sees it.
+    #[inline]
+    #[must_use]
+    pub fn load64(&self, at: u32) -> u64 {
+        self.arena.load64(at as usize, Ordering::Acquire)
+    }
+
+    /// The controller publishes a register.
+    #[inline]
+    pub fn store32(&self, at: u32, value: u32) {
+        self.arena.store32(at as usize, value, Ordering::Release);
+    }
+
+    /// The controller publishes a 64-bit register.
+    #[inline]
+    pub fn store64(&self, at: u32, value: u64) {
+        self.arena.store64(at as usize, value, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fall_of_enable_is_counted_however_quick() {
+        let bar = Bar::new().expect("bar");
+        bar.guest_write32(offset::CC, 1);
+        bar.guest_write32(offset::CC, 0);
+        bar.guest_write32(offset::CC, 1);
+        assert_eq!((bar.resets(), bar.load32(offset::CC)), (1, 1));
+        bar.function_reset();
+        assert_eq!((bar.resets(), bar.load32(offset::CC)), (2, 0));
+    }
+
+    #[test]
+    fn halves_in_either_order_make_a_whole() {
+        let bar = Bar::new().expect("bar");
+        bar.guest_write32(offset::ASQ + 4, 0x12);
+        bar.guest_write32(offset::ASQ, 0x3400_0000);
+        assert_eq!(bar.load64(offset::ASQ), 0x12_3400_0000);
+        bar.guest_write(offset::ACQ, &0x56_7800_0000u64.to_le_bytes());
+        assert_eq!(bar.load64(offset::ACQ), 0x56_7800_0000);
+    }
+
+    #[test]
+    fn read_only_unaligned_and_outside_writes_change_nothing() {
+        let bar = Bar::new().expect("bar");
+        bar.store64(offset::CAP, 0x1122);
+        for at in [offset::CAP, offset::CSTS, offset::CC + 1, BAR_BYTES as u32, u32::MAX - 3, u32::MAX] {
+            bar.guest_write32(at, !0);
+        }
+        bar.guest_write(offset::CC, &[1, 2]);
+        bar.guest_write(u32::MAX - 3, &[255; 8]);
+        assert_eq!((bar.load64(offset::CAP), bar.load32(offset::CSTS), bar.load32(offset::CC)), (0x1122, 0, 0));
+        assert_eq!(bar.guest_read32(offset::DOORBELLS), 0);
+    }
+
+    #[test]
+    fn interrupt_masks_set_and_clear_and_read_alike() {
+        let bar = Bar::new().expect("bar");
+        bar.guest_write32(offset::INTMS, 0b1011);
+        bar.guest_write32(offset::INTMC, 0b0010);
+        assert_eq!((bar.guest_read32(offset::INTMS), bar.guest_read32(offset::INTMC)), (0b1001, 0b1001));
+    }
+}

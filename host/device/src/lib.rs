@@ -1,0 +1,26 @@
+//! The seams of Dray, and the one room with unsafe code.
+//!
+//! - [`memory`], [`space`]: arenas that devices read and write, and the address spaces they are mapped in;
+//! - [`function`], [`bar`], [`slot`]: the device seam, and its in-process loopback: registers, doorbells, event lines, and the
+//!   slot that lets a guest keep its place when the controller behind it changes;
+//! - [`command`]: the command seam, for controllers that have no registers for us;
+//! - [`backing`]: where the blocks of a software controller's namespace are; [`uring`]: files by io_uring;
+//! - [`poll`]: the poller seam: time, progress, jobs.
+//!
+//! Not here yet: VFIO and the vfio-user client as further backings of the device seam, io_uring passthrough for the command
+//! seam. Start reading at [`function`] and [`slot`].
+
+#[cfg(not(target_endian = "little"))]
+compile_error!("NVMe structures are little-endian, and so must be the host");
+
+pub mod backing;
+pub mod bar;
+pub mod command;
+pub mod event;
+pub mod function;
+pub mod memory;
+pub mod poll;
+mod scan;
+pub mod slot;
+pub mod space;
+pub mod uring;

@@ -1,0 +1,479 @@
+//! Arenas: memory that devices read and write, shareable by file descriptor.
+//!
+//! Nothing here ever hands out a Rust reference into an arena: whoever is on the other side may change any byte at any time.
+//! Memory is seen as atomics of the machine's word sizes, or copied as raw bytes. Every access is checked against the arena's
+//! bounds; an access outside is a programming error (offsets that come from a guest have been through an
+//! [`AddressSpace`](crate::space::AddressSpace)), so it panics rather than touching memory.
+#![allow(unsafe_code)]
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::{MapFlags, ProtFlags};
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+/// Bytes of an ordinary page.
+pub const PAGE: usize = 4096;
+/// Bytes of a huge page.
+pub const HUGE_PAGE: usize = 2 << 20;
+
+/// Which pages an arena is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    /// Huge pages where there are enough, ordinary ones otherwise.
+    PreferHuge,
+    /// Ordinary pages.
+    Small,
+}
+
+/// Why an arena could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// An arena of no bytes, or of more than the machine can address.
+    #[error("an arena of {0} bytes cannot be made")]
+    BadLength(usize),
+    /// The kernel refused memory.
+    #[error("cannot get {len} bytes of shared memory: {source}")]
+    Kernel {
+        /// Bytes asked for.
+        len: usize,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// A mapping of shared memory.
+#[derive(Debug)]
+pub struct Arena {
+    base: NonNull<u8>,
+    len: usize,
+    fd: OwnedFd,
+    huge: bool,
+    writable: bool,
+}
+
+// SAFETY: an arena is plain shared memory: every access goes through raw copies or atomics, and nothing is tied to a thread.
+unsafe impl Send for Arena {}
+// SAFETY: as above; concurrent access is what arenas are for.
+unsafe impl Sync for Arena {}
+
+impl Arena {
+    /// Maps `len` bytes (rounded up to whole pages) of new zeroed shared memory. `name` shows up in the process's maps.
+    ///
+    /// # Errors
+    /// [`MemoryError`] when there is no such memory.
+    pub fn new(name: &str, len: usize, pages: Pages) -> Result<Arc<Self>, MemoryError> {
+        if len == 0 || len > isize::MAX as usize - HUGE_PAGE {
+            return Err(MemoryError::BadLength(len));
+        }
+        if pages == Pages::PreferHuge
+            && len >= HUGE_PAGE / 2
+            && let Ok(arena) = Self::make(name, len.next_multiple_of(HUGE_PAGE), true)
+        {
+            return Ok(Arc::new(arena));
+        }
+        let len = len.next_multiple_of(PAGE);
+        Self::make(name, len, false).map(Arc::new).map_err(|source| MemoryError::Kernel { len, source })
+    }
+
+    fn make(name: &str, len: usize, huge: bool) -> io::Result<Self> {
+        let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        if huge {
+            flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        }
+        let fd = rustix::fs::memfd_create(name, flags)?;
+        rustix::fs::ftruncate(&fd, len as u64)?;
+        if huge {
+            // Takes the huge pages now: a page that is missing later would be a SIGBUS.
+            rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, len as u64)?;
+        }
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)?;
+        Self::map(fd, len, huge, true)
+    }
+
+    fn map(fd: OwnedFd, len: usize, huge: bool, writable: bool) -> io::Result<Self> {
+        let prot = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+        // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours.
+        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, &fd, 0)? };
+        let base = NonNull::new(base.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { base, len, fd, huge, writable })
+    }
+
+    /// Maps memory that another process lent, for reading only. The memory must be sealed against shrinking, so that its
+    /// owner cannot make a read fault.
+    ///
+    /// # Errors
+    /// When the descriptor is not such memory, or shorter than `len`.
+    pub fn open_read_only(fd: OwnedFd, len: usize) -> io::Result<Arc<Self>> {
+        if !rustix::fs::fcntl_get_seals(&fd)?.contains(SealFlags::SHRINK) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "lent memory is not sealed against shrinking"));
+        }
+        let size = rustix::fs::fstat(&fd)?.st_size;
+        if len == 0 || !len.is_multiple_of(PAGE) || u64::try_from(size).unwrap_or(0) < len as u64 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "lent memory is shorter than its owner said"));
+        }
+        Self::map(fd, len, false, false).map(Arc::new)
+    }
+
+    /// Seals the memory against every writable mapping to come (ours stays) and returns a descriptor to hand to a reader.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn lend_read_only(&self) -> io::Result<OwnedFd> {
+        rustix::fs::fcntl_add_seals(&self.fd, SealFlags::FUTURE_WRITE)?;
+        Ok(rustix::io::fcntl_dupfd_cloexec(&self.fd, 3)?)
+    }
+
+    /// Bytes mapped.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never: an arena has at least a page.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether huge pages back it.
+    #[must_use]
+    pub fn is_huge(&self) -> bool {
+        self.huge
+    }
+
+    #[inline]
+    fn at(&self, offset: usize, len: usize) -> *mut u8 {
+        assert!(offset <= self.len && len <= self.len - offset, "access outside an arena");
+        // SAFETY: within the mapping, checked above.
+        unsafe { self.base.as_ptr().add(offset) }
+    }
+
+    #[inline]
+    fn at_for_write(&self, offset: usize, len: usize) -> *mut u8 {
+        assert!(self.writable, "write to read-only memory");
+        self.at(offset, len)
+    }
+
+    /// The address of a range, for rings and ioctls of this crate that hand it to the kernel.
+    pub(crate) fn address(&self, offset: usize, len: usize) -> *mut c_void {
+        self.at(offset, len).cast()
+    }
+
+    /// The byte at `offset`.
+    #[inline]
+    #[must_use]
+    pub fn load8(&self, offset: usize, order: Ordering) -> u8 {
+        // SAFETY: in bounds; memory shared with others is accessed as an atomic.
+        unsafe { AtomicU8::from_ptr(self.at(offset, 1)) }.load(order)
+    }
+
+    /// The 16-bit word at `offset`, which must be aligned.
+    #[inline]
+    #[must_use]
+    pub fn load16(&self, offset: usize, order: Ordering) -> u16 {
+        assert!(offset.is_multiple_of(2), "unaligned access");
+        // SAFETY: in bounds and aligned (mappings start at a page).
+        unsafe { AtomicU16::from_ptr(self.at(offset, 2).cast()) }.load(order)
+    }
+
+    /// The 32-bit word at `offset`, which must be aligned.
+    #[inline]
+    #[must_use]
+    pub fn load32(&self, offset: usize, order: Ordering) -> u32 {
+        assert!(offset.is_multiple_of(4), "unaligned access");
+        // SAFETY: in bounds and aligned (mappings start at a page).
+        unsafe { AtomicU32::from_ptr(self.at(offset, 4).cast()) }.load(order)
+    }
+
+    /// The 64-bit word at `offset`, which must be aligned.
+    #[inline]
+    #[must_use]
+    pub fn load64(&self, offset: usize, order: Ordering) -> u64 {
+        assert!(offset.is_multiple_of(8), "unaligned access");
+        // SAFETY: in bounds and aligned (mappings start at a page).
+        unsafe { AtomicU64::from_ptr(self.at(offset, 8).cast()) }.load(order)
+    }
+
+    /// Stores a byte.
+    #[inline]
+    pub fn store8(&self, offset: usize, value: u8, order: Ordering) {
+        // SAFETY: in bounds; memory shared with others is accessed as an atomic.
+        unsafe { AtomicU8::from_ptr(self.at_for_write(offset, 1)) }.store(value, order);
+    }
+
+    /// Stores a 32-bit word at an aligned offset.
+    #[inline]
+    pub fn store32(&self, offset: usize, value: u32, order: Ordering) {
+        assert!(offset.is_multiple_of(4), "unaligned access");
+        // SAFETY: in bounds and aligned.
+        unsafe { AtomicU32::from_ptr(self.at_for_write(offset, 4).cast()) }.store(value, order);
+    }
+
+    /// Stores a 64-bit word at an aligned offset.
+    #[inline]
+    pub fn store64(&self, offset: usize, value: u64, order: Ordering) {
+        assert!(offset.is_multiple_of(8), "unaligned access");
+        // SAFETY: in bounds and aligned.
+        unsafe { AtomicU64::from_ptr(self.at_for_write(offset, 8).cast()) }.store(value, order);
+    }
+
+    /// Exchanges a 32-bit word at an aligned offset and returns the old one.
+    #[inline]
+    pub fn swap32(&self, offset: usize, value: u32) -> u32 {
+        assert!(offset.is_multiple_of(4), "unaligned access");
+        // SAFETY: in bounds and aligned.
+        unsafe { AtomicU32::from_ptr(self.at_for_write(offset, 4).cast()) }.swap(value, Ordering::SeqCst)
+    }
+
+    /// Sets (`set`) and then clears (`clear`) bits of a 32-bit word.
+    pub fn mask32(&self, offset: usize, set: u32, clear: u32) {
+        assert!(offset.is_multiple_of(4), "unaligned access");
+        // SAFETY: in bounds and aligned.
+        let word = unsafe { AtomicU32::from_ptr(self.at_for_write(offset, 4).cast()) };
+        word.fetch_or(set, Ordering::SeqCst);
+        word.fetch_and(!clear, Ordering::SeqCst);
+    }
+
+    /// Copies bytes out. Bytes that another side writes meanwhile may come old or new, each by itself.
+    #[inline]
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        let from = self.at(offset, into.len());
+        // SAFETY: source in bounds; the destination is ours alone and cannot lie in an arena (no references into arenas exist).
+        unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Copies bytes in.
+    #[inline]
+    pub fn write(&self, offset: usize, from: &[u8]) {
+        let into = self.at_for_write(offset, from.len());
+        // SAFETY: destination in bounds; the source is an ordinary reference and cannot lie in an arena.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) }
+    }
+
+    /// Sets `len` bytes.
+    #[inline]
+    pub fn fill(&self, offset: usize, len: usize, byte: u8) {
+        let into = self.at_for_write(offset, len);
+        // SAFETY: in bounds.
+        unsafe { std::ptr::write_bytes(into, byte, len) }
+    }
+
+    /// Copies between arenas (or within one; ranges may overlap).
+    #[inline]
+    pub fn copy(from: &Self, from_offset: usize, into: &Self, into_offset: usize, len: usize) {
+        let source = from.at(from_offset, len);
+        let target = into.at_for_write(into_offset, len);
+        // SAFETY: both in bounds; `copy` allows overlap.
+        unsafe { std::ptr::copy(source, target, len) }
+    }
+
+    /// Whether `len` bytes are all zero.
+    #[must_use]
+    pub fn is_zero(&self, offset: usize, len: usize) -> bool {
+        crate::scan::is_zero(self.at(offset, len), len)
+    }
+
+    /// XXH3-like work over raw bytes without a reference: hands `len` bytes to `visit` in pieces copied to the stack.
+    pub fn visit(&self, offset: usize, len: usize, visit: &mut dyn FnMut(&[u8])) {
+        let mut piece = [0u8; PAGE];
+        let mut done = 0;
+        while done < len {
+            let n = (len - done).min(PAGE);
+            self.read(offset + done, &mut piece[..n]);
+            visit(&piece[..n]);
+            done += n;
+        }
+    }
+
+    /// Compares `len` bytes of two arenas.
+    #[must_use]
+    pub fn equal(left: &Self, left_offset: usize, right: &Self, right_offset: usize, len: usize) -> bool {
+        crate::scan::equal(left.at(left_offset, len), right.at(right_offset, len), len)
+    }
+
+    /// Asks the processor to fetch the line at `offset`; outside the arena it does nothing.
+    #[inline]
+    pub fn prefetch(&self, offset: usize) {
+        if offset < self.len {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a hint within the mapping; it reads nothing.
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.base.as_ptr().add(offset).cast());
+            }
+        }
+    }
+}
+
+impl AsFd for Arena {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, and nothing borrows from it any more.
+        let _gone = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+/// A borrowed piece of an arena: what a data pointer comes down to.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment<'a> {
+    arena: &'a Arc<Arena>,
+    offset: usize,
+    len: usize,
+}
+
+impl<'a> Segment<'a> {
+    /// The piece, if it lies within the arena.
+    #[inline]
+    #[must_use]
+    pub fn new(arena: &'a Arc<Arena>, offset: usize, len: usize) -> Option<Self> {
+        (offset <= arena.len && len <= arena.len - offset).then_some(Self { arena, offset, len })
+    }
+
+    /// The arena.
+    #[inline]
+    #[must_use]
+    pub fn arena(&self) -> &'a Arc<Arena> {
+        self.arena
+    }
+
+    /// Where the piece begins in it.
+    #[inline]
+    #[must_use]
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// Bytes.
+    #[inline]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// No bytes.
+    #[inline]
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// A part of the piece.
+    #[inline]
+    #[must_use]
+    pub fn part(&self, offset: usize, len: usize) -> Option<Self> {
+        (offset <= self.len && len <= self.len - offset).then_some(Self {
+            arena: self.arena,
+            offset: self.offset + offset,
+            len,
+        })
+    }
+
+    /// Copies the whole piece out; `into` must have its length.
+    #[inline]
+    pub fn read(&self, into: &mut [u8]) {
+        assert_eq!(into.len(), self.len, "lengths differ");
+        self.arena.read(self.offset, into);
+    }
+
+    /// Overwrites the whole piece; `from` must have its length.
+    #[inline]
+    pub fn write(&self, from: &[u8]) {
+        assert_eq!(from.len(), self.len, "lengths differ");
+        self.arena.write(self.offset, from);
+    }
+
+    /// Whether another piece continues this one in the same arena.
+    #[inline]
+    #[must_use]
+    pub fn is_followed_by(&self, next: &Segment<'_>) -> bool {
+        Arc::ptr_eq(self.arena, next.arena) && self.offset + self.len == next.offset
+    }
+
+    /// The two as one, if the second continues the first.
+    #[inline]
+    #[must_use]
+    pub fn joined(&self, next: &Segment<'_>) -> Option<Self> {
+        self.is_followed_by(next).then_some(Self { arena: self.arena, offset: self.offset, len: self.len + next.len })
+    }
+}
+
+/// An owned piece of an arena: a queue, a buffer. Clones share the memory.
+#[derive(Clone, Debug)]
+pub struct DmaBuffer {
+    arena: Arc<Arena>,
+    offset: usize,
+    len: usize,
+}
+
+impl DmaBuffer {
+    /// The piece, if it lies within the arena.
+    #[must_use]
+    pub fn new(arena: Arc<Arena>, offset: usize, len: usize) -> Option<Self> {
+        Segment::new(&arena, offset, len)?;
+        Some(Self { arena, offset, len })
+    }
+
+    /// A new arena of its own.
+    ///
+    /// # Errors
+    /// As [`Arena::new`].
+    pub fn allocate(name: &str, len: usize, pages: Pages) -> Result<Self, MemoryError> {
+        Ok(Self { arena: Arena::new(name, len, pages)?, offset: 0, len })
+    }
+
+    /// The whole buffer as a segment.
+    #[inline]
+    #[must_use]
+    pub fn segment(&self) -> Segment<'_> {
+        Segment { arena: &self.arena, offset: self.offset, len: self.len }
+    }
+
+    /// A part of the buffer as a segment.
+    #[inline]
+    #[must_use]
+    pub fn part(&self, offset: usize, len: usize) -> Option<Segment<'_>> {
+        self.segment().part(offset, len)
+    }
+
+    /// A part of the buffer as a buffer.
+    #[must_use]
+    pub fn slice(&self, offset: usize, len: usize) -> Option<Self> {
+        let part = self.part(offset, len)?;
+        Some(Self { arena: Arc::clone(&self.arena), offset: part.offset, len })
+    }
+
+    /// The arena.
+    #[inline]
+    #[must_use]
+    pub fn arena(&self) -> &Arc<Arena> {
+        &self.arena
+    }
+
+    /// Where the buffer begins in its arena.
+    #[inline]
+    #[must_use]
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// Bytes.
+    #[inline]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// No bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}

@@ -1,0 +1,290 @@
+//! The guest's slot, and the in-process loopback: how a controller of ours is reached without a bus.
+//!
+//! A guest holds a [`Slot`], never a controller: BAR memory, address space and event lines belong to the slot. A controller has
+//! a [`Connector`]; pointing the slot at it ([`Slot::point_at`]) hands it a [`Port`], and takes the port from whoever had it
+//! before. Doorbells are words of the slot's BAR, so the controller that comes finds the guest's last values there, those rung
+//! in between included. Source and destination share nothing but that.
+
+use crate::bar::Bar;
+use crate::event::EventLine;
+use crate::function::{Doorbell, Function};
+use crate::memory::MemoryError;
+use crate::space::AddressSpace;
+use dray_nvme::registers::offset;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Why a slot could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SlotError {
+    /// No memory for the BAR.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// No descriptor for an event line.
+    #[error("cannot make an event line: {0}")]
+    Event(#[from] io::Error),
+}
+
+#[derive(Debug)]
+struct SlotShared {
+    bar: Bar,
+    space: AddressSpace,
+    lines: Vec<EventLine>,
+    /// Counts attachments: a port of an older epoch is no longer the slot's.
+    epoch: AtomicU64,
+    current: Mutex<Option<Plug>>,
+    gone: AtomicBool,
+}
+
+/// The place a guest's function sits in. Clones are the same slot.
+#[derive(Clone, Debug)]
+pub struct Slot {
+    shared: Arc<SlotShared>,
+}
+
+impl Slot {
+    /// An empty slot over `space` with `vectors` event lines.
+    ///
+    /// # Errors
+    /// [`SlotError`].
+    pub fn new(space: AddressSpace, vectors: u16) -> Result<Self, SlotError> {
+        let lines = (0..vectors).map(|_| EventLine::new()).collect::<Result<_, _>>()?;
+        let shared = SlotShared {
+            bar: Bar::new()?,
+            space,
+            lines,
+            epoch: AtomicU64::new(0),
+            current: Mutex::new(None),
+            gone: AtomicBool::new(false),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Points the slot at a controller: it gets the port at its next poll, and the one before has lost it at once.
+    pub fn point_at(&self, plug: &Plug) {
+        let mut current = self.shared.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let epoch = self.shared.epoch.fetch_add(1, Ordering::AcqRel) + 1;
+        if let Some(before) = current.replace(plug.clone()) {
+            before.put(None);
+        }
+        plug.put(Some(Port { slot: Arc::clone(&self.shared), epoch }));
+    }
+
+    /// Takes the function out of the slot: registers read all ones from now on (surprise removal).
+    pub fn unplug(&self) {
+        let mut current = self.shared.current.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.epoch.fetch_add(1, Ordering::AcqRel);
+        self.shared.gone.store(true, Ordering::Release);
+        if let Some(before) = current.take() {
+            before.put(None);
+        }
+    }
+
+    /// The function that a driver drives.
+    #[must_use]
+    pub fn function(&self) -> Arc<dyn Function> {
+        Arc::new(SlotFunction { shared: Arc::clone(&self.shared) })
+    }
+
+    /// The slot's address space.
+    #[must_use]
+    pub fn space(&self) -> &AddressSpace {
+        &self.shared.space
+    }
+}
+
+/// The guest's view of its slot.
+#[derive(Debug)]
+struct SlotFunction {
+    shared: Arc<SlotShared>,
+}
+
+impl Function for SlotFunction {
+    fn read32(&self, offset: u32) -> u32 {
+        if self.shared.gone.load(Ordering::Acquire) { u32::MAX } else { self.shared.bar.guest_read32(offset) }
+    }
+
+    fn write32(&self, offset: u32, value: u32) {
+        self.shared.bar.guest_write32(offset, value);
+    }
+
+    fn doorbell(&self, at: u32) -> Option<Doorbell> {
+        let arena = self.shared.bar.arena();
+        let inside = at >= offset::DOORBELLS && at.is_multiple_of(4) && at as usize + 4 <= arena.len();
+        inside.then(|| Doorbell::Mapped { arena: Arc::clone(arena), offset: at as usize })
+    }
+
+    fn space(&self) -> &AddressSpace {
+        &self.shared.space
+    }
+
+    fn event_line(&self, vector: u16) -> Option<EventLine> {
+        self.shared.lines.get(usize::from(vector)).cloned()
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        self.shared.bar.function_reset();
+        Ok(())
+    }
+}
+
+/// What a controller gets of the slot that points at it.
+#[derive(Clone, Debug)]
+pub struct Port {
+    slot: Arc<SlotShared>,
+    epoch: u64,
+}
+
+impl Port {
+    /// Whether the slot still points here. A controller looks before it fetches commands: the port is taken without asking.
+    #[inline]
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        self.slot.epoch.load(Ordering::Acquire) == self.epoch
+    }
+
+    /// Registers and doorbells.
+    #[inline]
+    #[must_use]
+    pub fn bar(&self) -> &Bar {
+        &self.slot.bar
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn space(&self) -> &AddressSpace {
+        &self.slot.space
+    }
+
+    /// Interrupt vectors there are.
+    #[must_use]
+    pub fn vectors(&self) -> u16 {
+        u16::try_from(self.slot.lines.len()).unwrap_or(u16::MAX)
+    }
+
+    /// Raises an interrupt vector; one that does not exist is ignored.
+    #[inline]
+    pub fn raise(&self, vector: u16) {
+        if let Some(line) = self.slot.lines.get(usize::from(vector)) {
+            line.signal();
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Socket {
+    changes: AtomicU64,
+    port: Mutex<Option<Port>>,
+}
+
+/// The end of a [`Connector`] that slots are pointed at. Clones are the same end.
+#[derive(Clone, Debug)]
+pub struct Plug {
+    socket: Arc<Socket>,
+}
+
+impl Plug {
+    fn put(&self, port: Option<Port>) {
+        *self.socket.port.lock().unwrap_or_else(PoisonError::into_inner) = port;
+        self.socket.changes.fetch_add(1, Ordering::Release);
+    }
+}
+
+/// A controller's end: where it finds the port of the slot that points at it.
+#[derive(Debug, Default)]
+pub struct Connector {
+    socket: Arc<Socket>,
+    seen: u64,
+}
+
+impl Connector {
+    /// A connector that no slot points at.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The end to point slots at.
+    #[must_use]
+    pub fn plug(&self) -> Plug {
+        Plug { socket: Arc::clone(&self.socket) }
+    }
+
+    /// `Some` when the port has changed since the last call: the new port, or `None` inside when it was taken away. Costs one
+    /// load when nothing changed.
+    #[inline]
+    pub fn poll(&mut self) -> Option<Option<Port>> {
+        let changes = self.socket.changes.load(Ordering::Acquire);
+        if changes == self.seen {
+            return None;
+        }
+        self.seen = changes;
+        Some(self.socket.port.lock().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+}
+
+/// A fence that survives resets: once it is up, a controller behind it fetches nothing. It mirrors a durable record: whoever
+/// raises it has written the record first, and whoever builds the controller after a restart reads the record first.
+#[derive(Clone, Debug, Default)]
+pub struct Fence {
+    up: Arc<AtomicBool>,
+}
+
+impl Fence {
+    /// A fence, up or down as the durable record says.
+    #[must_use]
+    pub fn new(up: bool) -> Self {
+        Self { up: Arc::new(AtomicBool::new(up)) }
+    }
+
+    /// Raises the fence.
+    pub fn raise(&self) {
+        self.up.store(true, Ordering::SeqCst);
+    }
+
+    /// Lowers the fence: only after an undo has been recorded.
+    pub fn lower(&self) {
+        self.up.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether nothing may be fetched.
+    #[inline]
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.up.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_moves_and_the_doorbells_stay() {
+        let slot = Slot::new(AddressSpace::default(), 2).expect("slot");
+        let (mut source, mut destination) = (Connector::new(), Connector::new());
+        slot.point_at(&source.plug());
+        let port = source.poll().flatten().expect("port");
+        assert!(source.poll().is_none(), "told once");
+        let bell = slot.function().doorbell(offset::DOORBELLS + 8).expect("doorbell");
+        bell.ring(3);
+        slot.point_at(&destination.plug());
+        assert!(!port.is_current(), "the source has lost it at once");
+        bell.ring(5);
+        assert!(source.poll().expect("told").is_none());
+        let port = destination.poll().flatten().expect("port");
+        assert!(port.is_current());
+        assert_eq!(port.bar().load32(offset::DOORBELLS + 8), 5);
+    }
+
+    #[test]
+    fn an_unplugged_function_reads_all_ones() {
+        let slot = Slot::new(AddressSpace::default(), 0).expect("slot");
+        let function = slot.function();
+        assert_eq!(function.read32(offset::CSTS), 0);
+        slot.unplug();
+        assert_eq!((function.read32(offset::CSTS), function.read64(offset::CAP)), (u32::MAX, u64::MAX));
+        assert!(function.doorbell(offset::DOORBELLS - 4).is_none());
+    }
+}
