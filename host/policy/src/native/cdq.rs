@@ -1,0 +1,220 @@
+//! Drains a user data migration queue: merges neighbouring ranges, gives everything back, looks again soon.
+
+use super::Settings;
+use crate::packed::{MAX_RANGE_BLOCKS, RANGE_BYTES, Range};
+use crate::role::{Cdq, CdqAnswer, CdqRequest};
+use crate::seam::{Fault, NamespaceInfo, Opening, Policy};
+use crate::udmq;
+use dray_nvme::cdq::{Changed, UDMQ_ENTRY_BYTES, UdmqEntry};
+
+/// The native `cdq` policy. Settings: `batch-wait-us`, `batch-entries`.
+#[derive(Debug)]
+pub struct NativeCdq {
+    namespaces: Vec<NamespaceInfo>,
+    kind: u8,
+    stride: u32,
+    wait_us: u32,
+    wait_entries: u32,
+}
+
+impl NativeCdq {
+    /// Opens the policy for a queue.
+    ///
+    /// # Errors
+    /// [`Fault::Refused`] for a setting that is unknown or out of bounds.
+    pub fn open(opening: &Opening<Cdq>) -> Result<Self, Fault> {
+        let mut settings = Settings::of(&opening.setup);
+        let wait_us = settings.number("batch-wait-us", 200, 0, 1_000_000) as u32;
+        let batch = settings.number("batch-entries", 512, 0, 1 << 20) as u32;
+        settings.finish()?;
+        let queue = opening.extra;
+        Ok(Self {
+            namespaces: opening.setup.namespaces.clone(),
+            kind: queue.kind,
+            stride: queue.entry_bytes,
+            wait_us,
+            wait_entries: batch.min(queue.slots / 4),
+        })
+    }
+
+    /// Merges the ordinary entries. Every entry writes the range that it begins or lengthens, so that there is no branch on
+    /// whether it is one or the other. Returns how many ranges there are, and whether entries were left to
+    /// [`specials`](Self::specials).
+    fn merge(&self, entries: impl Iterator<Item = UdmqEntry>, out: &mut [[u8; RANGE_BYTES]]) -> (usize, bool) {
+        let mut place = self.namespaces.first().copied().unwrap_or(NamespaceInfo { nsid: 0, blocks: 0, block_bytes: 0 });
+        let (mut count, mut special) = (0, false);
+        // The run that grows: its first LBA, its end, and the upper half of its record without the blocks (no record has all bits).
+        let (mut run_slba, mut run_end, mut run_kind) = (0, 0, u64::MAX);
+        for entry in entries {
+            if is_special(&entry) {
+                special = true;
+                continue;
+            }
+            if entry.nsid != place.nsid {
+                let Some(found) = crate::checks::find(&self.namespaces, entry.nsid) else { continue };
+                place = found;
+            }
+            let slba = entry.slba;
+            let end = slba.saturating_add(u64::from(entry.nlb) + 1).min(place.blocks);
+            if slba >= end {
+                continue;
+            }
+            let kind = Range { slba: 0, blocks: 0, deallocated: entry.lbamqa.dlba(), nsid: entry.nsid }.upper_half();
+            let fits = end.wrapping_sub(run_slba) <= u64::from(MAX_RANGE_BLOCKS);
+            let follows = (slba == run_end) & (kind == run_kind) & fits;
+            run_slba = if follows { run_slba } else { slba };
+            (run_end, run_kind) = (end, kind);
+            count += usize::from(!follows);
+            if let Some(out) = out.get_mut(count.wrapping_sub(1)) {
+                *out = (u128::from(run_slba) | u128::from(kind | (end - run_slba)) << 64).to_le_bytes();
+            }
+        }
+        (count, special)
+    }
+
+    /// The entries that are more than one range: markers, whole namespaces, reserved values, ranges too long for a record. Their
+    /// order among the others carries no meaning.
+    #[cold]
+    fn specials(&self, entries: impl Iterator<Item = UdmqEntry>, answer: &mut CdqAnswer) {
+        for entry in entries.filter(is_special) {
+            udmq::mark(&entry, &mut answer.marks);
+            let Some(place) = crate::checks::find(&self.namespaces, entry.nsid) else { continue };
+            let deallocated = entry.lbamqa.dlba();
+            match entry.changed() {
+                Changed::Range { nsid, slba, blocks } => {
+                    let end = slba.saturating_add(blocks).min(place.blocks);
+                    Range::push_long(slba, end.saturating_sub(slba), deallocated, nsid, &mut answer.ranges);
+                }
+                Changed::Namespace { nsid } => Range { slba: 0, blocks: 0, deallocated, nsid }.push(&mut answer.ranges),
+                Changed::Nothing | Changed::Unknown => {}
+            }
+        }
+    }
+
+    fn drain(&self, entries: impl Iterator<Item = UdmqEntry> + Clone, shown: usize, answer: &mut CdqAnswer) {
+        answer.ranges.resize(shown * RANGE_BYTES, 0);
+        let (count, special) = self.merge(entries.clone(), answer.ranges.as_chunks_mut().0);
+        answer.ranges.truncate(count * RANGE_BYTES);
+        if special {
+            self.specials(entries, answer);
+        }
+    }
+}
+
+/// More than a range that fits one record.
+#[inline]
+fn is_special(entry: &UdmqEntry) -> bool {
+    !udmq::is_plain(entry) | (entry.nlb >= MAX_RANGE_BLOCKS)
+}
+
+impl Policy<Cdq> for NativeCdq {
+    fn call(&mut self, request: &CdqRequest, answer: &mut CdqAnswer) -> Result<(), Fault> {
+        let shown = request.entries.len() / self.stride.max(1) as usize;
+        answer.consumed = shown as u32;
+        if !udmq::is_readable(self.kind, self.stride) {
+            answer.marks.everything = shown > 0;
+        } else if self.stride as usize == UDMQ_ENTRY_BYTES {
+            self.drain(request.entries.as_chunks().0.iter().map(udmq::read), shown, answer);
+        } else {
+            self.drain(udmq::entries(&request.entries, self.stride), shown, answer);
+        }
+        let ends = answer.marks.stopped || answer.marks.suspended || answer.marks.full;
+        if request.waiting == 0 && !ends {
+            answer.wait_us = self.wait_us;
+            answer.wait_entries = self.wait_entries;
+        }
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<Option<Vec<u8>>, Fault> {
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packed::{self, REGION_BYTES};
+    use crate::role::{CdqQueue, Role};
+    use crate::seam::Setup;
+    use proptest::prelude::*;
+
+    fn opening(kind: u8, namespaces: &[(u32, u64)]) -> Opening<Cdq> {
+        let setup = Setup {
+            migration: 1,
+            seed: 1,
+            now_us: 0,
+            namespaces: namespaces.iter().map(|&(nsid, blocks)| NamespaceInfo { nsid, blocks, block_bytes: 512 }).collect(),
+            regions: 1,
+            region_bytes: REGION_BYTES as u32,
+            settings: Vec::new(),
+        };
+        let extra = CdqQueue { id: 0, kind, cntlid: 1, slots: 1024, entry_bytes: 32, phase_byte: 31, phase_mask: 1 };
+        Opening { setup, extra }
+    }
+
+    fn entry(nsid: u32, slba: u64, nlb: u32, attributes: u8) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        bytes[0..4].copy_from_slice(&nsid.to_le_bytes());
+        bytes[4..8].copy_from_slice(&nlb.to_le_bytes());
+        bytes[8..16].copy_from_slice(&slba.to_le_bytes());
+        bytes[31] = attributes;
+        bytes
+    }
+
+    fn drain(opening: &Opening<Cdq>, entries: &[[u8; 32]]) -> CdqAnswer {
+        let request = CdqRequest { now_us: 1, entries: entries.concat(), waiting: 0 };
+        let mut answer = CdqAnswer::default();
+        NativeCdq::open(opening).unwrap().call(&request, &mut answer).unwrap();
+        assert_eq!(Cdq::check(&opening.setup, &opening.extra, &request, &answer), Ok(()));
+        assert_eq!(Cdq::omission(&opening.setup, &opening.extra, &request, &answer), None);
+        answer
+    }
+
+    #[test]
+    fn neighbours_become_one_range() {
+        let entries = [entry(1, 0, 7, 1), entry(1, 8, 7, 1), entry(1, 16, 7, 0x21), entry(1, 40, 7, 1), entry(2, 48, 1, 0)];
+        let answer = drain(&opening(0, &[(1, 1000), (2, 1000)]), &entries);
+        let range = |slba, blocks, deallocated, nsid| Range { slba, blocks, deallocated, nsid };
+        let want = [range(0, 16, false, 1), range(16, 8, true, 1), range(40, 8, false, 1), range(48, 2, false, 2)];
+        assert_eq!(packed::ranges(&answer.ranges).collect::<Vec<_>>(), want);
+        assert_eq!((answer.consumed, answer.wait_us, answer.wait_entries), (5, 200, 256));
+    }
+
+    #[test]
+    fn ranges_outside_are_cut_or_dropped() {
+        let entries = [entry(1, 96, 7, 1), entry(1, u64::MAX, 7, 1), entry(9, 0, 7, 1), entry(9, 0, 0, 0x41)];
+        let answer = drain(&opening(0, &[(1, 100)]), &entries);
+        let all: Vec<_> = packed::ranges(&answer.ranges).collect();
+        assert_eq!(all, [Range { slba: 96, blocks: 4, deallocated: false, nsid: 1 }]);
+    }
+
+    #[test]
+    fn markers_are_told_and_looked_after_at_once() {
+        let entries = [entry(0, 0, 0, 0x83), entry(1, 3, 0, 1), entry(1, 4, 0, 0x0f)];
+        let answer = drain(&opening(0, &[(1, 100)]), &entries);
+        assert!(answer.marks.first && answer.marks.full && !answer.marks.suspended);
+        assert_eq!((answer.wait_us, packed::ranges(&answer.ranges).count()), (0, 2));
+    }
+
+    #[test]
+    fn a_format_it_cannot_read_means_everything() {
+        let answer = drain(&opening(0xc0, &[(1, 100)]), &[entry(1, 3, 0, 1)]);
+        assert!(answer.marks.everything && answer.ranges.is_empty());
+    }
+
+    #[test]
+    fn the_largest_entries_fit() {
+        drain(&opening(0, &[(1, u64::MAX)]), &[entry(1, 0, u32::MAX, 1), entry(1, 1 << 32, u32::MAX, 1)]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_entries_are_answered_validly(entries: Vec<[u8; 32]>, near: Vec<(u8, u8, u8, u8)>) {
+            let near = near.into_iter().map(|(nsid, slba, nlb, kind)| entry(u32::from(nsid % 4), u64::from(slba), u32::from(nlb), kind));
+            let entries: Vec<_> = entries.into_iter().chain(near).collect();
+            drain(&opening(0, &[(1, 200), (2, u64::MAX)]), &entries);
+            drain(&opening(0, &[(3, 100)]), &entries);
+        }
+    }
+}

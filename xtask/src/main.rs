@@ -1,0 +1,88 @@
+//! `cargo xtask …`: sets a machine up, builds the host and its policies, tests, measures, shows.
+//!
+//! Depends on no other crate of Dray. Start reading at [`COMMANDS`]; [`toolchain`] finds a compiler for the policies,
+//! [`plugins`] builds them, [`test`](mod@test) is what continuous integration runs. It does not build the bootable image yet.
+
+mod bench;
+mod debian;
+mod demo;
+mod plugins;
+mod process;
+mod test;
+mod toolchain;
+mod tree;
+
+use std::process::ExitCode;
+use tree::Tree;
+
+/// A result whose error is a message for the person at the terminal.
+pub type Outcome<T = ()> = Result<T, String>;
+
+/// One subcommand.
+struct Command {
+    name: &'static str,
+    help: &'static str,
+    run: fn(&Tree, Vec<String>) -> Outcome,
+}
+
+const COMMANDS: [Command; 4] = [
+    Command { name: "demo", help: demo::HELP, run: demo::run },
+    Command { name: "test", help: test::HELP, run: test::run },
+    Command { name: "bench", help: bench::HELP, run: bench::run },
+    Command { name: "plugins", help: plugins::HELP, run: plugins::run },
+];
+
+const HELP: &str = "\
+Builds, shows, tests and measures Dray.
+
+Usage: cargo xtask COMMAND [OPTIONS]
+
+Commands:
+  demo     build everything and move a namespace while its guest writes
+  test     build and run all tests, as continuous integration does
+  bench    measure, and write target/bench/summary.json
+  plugins  build the Wasm policies into target/plugins
+
+`cargo xtask COMMAND --help` says more.
+
+Example: cargo xtask demo
+";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let Some(name) = args.next().filter(|name| !matches!(name.as_str(), "-h" | "--help" | "help")) else {
+        print!("{HELP}");
+        return ExitCode::SUCCESS;
+    };
+    let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
+        eprint!("xtask: there is no command `{name}`\n\n{HELP}");
+        return ExitCode::from(2);
+    };
+    let args: Vec<String> = args.collect();
+    if args.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--help" || arg == "-h") {
+        print!("{}", command.help);
+        return ExitCode::SUCCESS;
+    }
+    match Tree::find().and_then(|tree| (command.run)(&tree, args)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("xtask {name}: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Takes the flag `name` out of `args`; true if it was there.
+pub fn take_flag(args: &mut Vec<String>, name: &str) -> bool {
+    let before = args.len();
+    args.retain(|arg| arg != name);
+    args.len() != before
+}
+
+/// Fails if arguments are left that nobody took.
+pub fn refuse_rest(args: &[String]) -> Outcome {
+    match args.first() {
+        Some(arg) => Err(format!("`{arg}` is not an option here; see --help")),
+        None => Ok(()),
+    }
+}
