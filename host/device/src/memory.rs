@@ -118,6 +118,19 @@ impl Arena {
         Self::map(fd, len, false, false).map(Arc::new)
     }
 
+    /// Maps the first `len` bytes of a file, shared and writable: what is stored is in the file even if this process is killed
+    /// the next moment (the page cache has it; a machine that loses power may lose it). The file must not be shortened while
+    /// it is mapped: an access behind its end would be fatal to the process.
+    ///
+    /// # Errors
+    /// When `len` is not whole pages, the file is shorter, or the kernel refuses.
+    pub fn map_file(file: &std::fs::File, len: usize) -> io::Result<Arc<Self>> {
+        if len == 0 || !len.is_multiple_of(PAGE) || file.metadata()?.len() < len as u64 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the file is shorter than the mapping, or not whole pages"));
+        }
+        Self::map(file.try_clone()?.into(), len, false, true).map(Arc::new)
+    }
+
     /// Seals the memory against every writable mapping to come (ours stays) and returns a descriptor to hand to a reader.
     ///
     /// # Errors
