@@ -3,9 +3,8 @@
 use crate::dray::policy::types::Namespace;
 use crate::exports::dray::policy::cdq::{Drained, Marks, Queue, Setup};
 use alloc::string::String;
-use alloc::vec;
 use alloc::vec::Vec;
-use dray_policy_sdk::packed::{Attribute, Entry, RANGE_BLOCKS_MAX, Ranges, Scope, range};
+use dray_policy_sdk::packed::{Attribute, Entry, RANGE_BLOCKS_MAX, Ranges, Scope, Scratch};
 use dray_policy_sdk::settings::Settings;
 
 /// The user data migration queue, the one queue type that the specification defines.
@@ -16,7 +15,8 @@ const ENTRY_BYTES: u32 = 32;
 /// The policy, opened for one queue.
 #[derive(Debug)]
 pub struct Drain {
-    namespaces: Vec<Namespace>,
+    namespaces: Namespaces,
+    scratch: Scratch,
     kind: u8,
     entry_bytes: u32,
     wait_us: u32,
@@ -35,13 +35,12 @@ impl Drain {
         settings.finish()?;
         // A queue must never run full: a quarter of it is time to look, however large a batch would be liked.
         let wait_entries = batch.min(queue.slots / 4);
-        let mut namespaces = setup.namespaces.clone();
-        namespaces.sort_unstable_by_key(|namespace| namespace.nsid);
-        Ok(Self { namespaces, kind: queue.kind, entry_bytes: queue.entry_bytes, wait_us, wait_entries })
+        let (namespaces, scratch) = (Namespaces::of(&setup.namespaces), Scratch::default());
+        Ok(Self { namespaces, scratch, kind: queue.kind, entry_bytes: queue.entry_bytes, wait_us, wait_entries })
     }
 
     /// Answers one batch. All of it is given back: what is worth keeping is in the ranges.
-    pub fn answer(&self, entries: &[u8], waiting: u32) -> Drained {
+    pub fn answer(&mut self, entries: &[u8], waiting: u32) -> Drained {
         let shown = entries.len().checked_div(self.entry_bytes as usize).unwrap_or(0);
         let mut marks = Marks::empty();
         let ranges = match (self.kind, self.entry_bytes) {
@@ -59,54 +58,56 @@ impl Drain {
         Drained { ranges: ranges.into_bytes(), consumed: shown as u32, marks, wait_us, wait_entries }
     }
 
-    fn ranges<'a>(&self, entries: impl ExactSizeIterator<Item = Entry<'a>> + Clone, marks: &mut Marks) -> Ranges {
-        let mut records = vec![[0; 16]; entries.len()];
-        let (count, special) = self.merge(entries.clone(), &mut records);
-        records.truncate(count);
-        let mut ranges = Ranges::from_records(records);
-        if special {
-            entries.filter(is_special).for_each(|entry| self.special(entry, &mut ranges, marks));
-        }
-        ranges
-    }
-
-    /// Merges the plain entries. Each writes the range that it begins or lengthens over the last one, so that nothing branches on
-    /// whether neighbours follow one another, which no processor can foresee. What lies outside the namespaces that move is left
-    /// out: an answer may not name it.
-    fn merge<'a>(&self, entries: impl Iterator<Item = Entry<'a>>, records: &mut [[u8; 16]]) -> (usize, bool) {
-        let (mut count, mut special) = (0, false);
-        let mut namespace = Namespace { nsid: 0, blocks: 0, block_bytes: 0 };
-        let (mut run_slba, mut run_end, mut run_kind) = (0, 0, (0, false));
-        for entry in entries {
+    /// Merges the ordinary changes, then looks again for the others, if there are any. What lies outside the namespaces that
+    /// move is left out: an answer may not name it.
+    #[inline(always)]
+    fn ranges<'a>(&mut self, entries: impl ExactSizeIterator<Item = Entry<'a>> + Clone, marks: &mut Marks) -> Ranges {
+        let mut merge = self.scratch.merge(entries.len());
+        let (mut namespace, mut special) = (NOWHERE, false);
+        for entry in entries.clone() {
             if is_special(&entry) {
                 special = true;
                 continue;
             }
             if entry.nsid() != namespace.nsid {
-                let Some(found) = self.namespace(entry.nsid()) else { continue };
-                namespace = found;
+                namespace = self.namespaces.find(entry.nsid()).unwrap_or(NOWHERE);
             }
-            let (slba, kind) = (entry.slba(), (entry.nsid(), entry.deallocated()));
-            let end = slba.saturating_add(entry.blocks()).min(namespace.blocks);
-            if slba >= end {
-                continue;
-            }
-            let fits = end.wrapping_sub(run_slba) <= u64::from(RANGE_BLOCKS_MAX);
-            let follows = (slba == run_end) & (kind.0 == run_kind.0) & (kind.1 == run_kind.1) & fits;
-            run_slba = if follows { run_slba } else { slba };
-            (run_end, run_kind) = (end, kind);
-            count += usize::from(!follows);
-            // Always there: the first entry follows nothing, since no namespace has NSID 0.
-            if let Some(record) = records.get_mut(count.wrapping_sub(1)) {
-                *record = range(kind.0, run_slba, (end - run_slba) as u32, kind.1);
+            let slba = entry.slba();
+            if slba < namespace.blocks {
+                let blocks = entry.blocks().min(namespace.blocks - slba);
+                merge.add(namespace.nsid, slba, slba + blocks, entry.deallocated());
             }
         }
-        (count, special)
+        let mut ranges = merge.finish();
+        if special {
+            entries.filter(is_special).for_each(|entry| self.namespaces.special(&entry, &mut ranges, marks));
+        }
+        ranges
+    }
+}
+
+/// A namespace without blocks; none has NSID 0.
+const NOWHERE: Namespace = Namespace { nsid: 0, blocks: 0, block_bytes: 0 };
+
+/// The namespaces that move, in ascending order.
+#[derive(Debug)]
+struct Namespaces(Vec<Namespace>);
+
+impl Namespaces {
+    fn of(given: &[Namespace]) -> Self {
+        let mut namespaces = given.to_vec();
+        namespaces.sort_unstable_by_key(|namespace| namespace.nsid);
+        Self(namespaces)
+    }
+
+    fn find(&self, nsid: u32) -> Option<Namespace> {
+        let at = self.0.binary_search_by_key(&nsid, |namespace| namespace.nsid).ok()?;
+        self.0.get(at).copied()
     }
 
     /// Markers, whole namespaces, reserved values and ranges too long for one record; rare.
     #[cold]
-    fn special(&self, entry: Entry<'_>, ranges: &mut Ranges, marks: &mut Marks) {
+    fn special(&self, entry: &Entry<'_>, ranges: &mut Ranges, marks: &mut Marks) {
         *marks |= match entry.attribute() {
             Attribute::Ordinary => Marks::empty(),
             Attribute::First => Marks::FIRST,
@@ -116,7 +117,7 @@ impl Drain {
             Attribute::Reserved(_) => Marks::EVERYTHING,
         };
         marks.set(Marks::EVERYTHING, marks.contains(Marks::EVERYTHING) || entry.scope() == Scope::Reserved);
-        let Some(namespace) = self.namespace(entry.nsid()) else { return };
+        let Some(namespace) = self.find(entry.nsid()) else { return };
         match entry.scope() {
             Scope::Range => {
                 let end = entry.slba().saturating_add(entry.blocks()).min(namespace.blocks);
@@ -125,12 +126,6 @@ impl Drain {
             Scope::Namespace => ranges.push_namespace(entry.nsid()),
             Scope::Nothing | Scope::Reserved => {}
         }
-    }
-
-    /// A namespace that moves.
-    fn namespace(&self, nsid: u32) -> Option<Namespace> {
-        let at = self.namespaces.binary_search_by_key(&nsid, |namespace| namespace.nsid).ok()?;
-        Some(self.namespaces[at])
     }
 }
 

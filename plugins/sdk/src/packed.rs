@@ -11,10 +11,12 @@ pub const RANGE_BLOCKS_MAX: u32 = (1 << 31) - 1;
 /// The longest extent, in logical blocks: bits 29:0.
 pub const EXTENT_BLOCKS_MAX: u32 = (1 << 30) - 1;
 
+#[inline]
 fn u32_at<const N: usize>(bytes: &[u8; N], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
+#[inline]
 fn u64_at<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
@@ -67,26 +69,31 @@ impl<'a> Entry<'a> {
     }
 
     /// The namespace.
+    #[inline]
     pub fn nsid(&self) -> u32 {
         u32_at(self.0, 0)
     }
 
     /// First logical block.
+    #[inline]
     pub fn slba(&self) -> u64 {
         u64_at(self.0, 8)
     }
 
     /// Number of logical blocks, 1 to 2^32 (the field is 0's based). Meaningful for [`Scope::Range`].
+    #[inline]
     pub fn blocks(&self) -> u64 {
         u64::from(u32_at(self.0, 4)) + 1
     }
 
     /// The range was deallocated (DLBA).
+    #[inline]
     pub fn deallocated(&self) -> bool {
         self.0[31] & 0x20 != 0
     }
 
     /// An ordinary change of the entry's own range, which nearly all are: one test instead of two.
+    #[inline]
     pub fn is_plain(&self) -> bool {
         self.0[31] & 0xce == 0
     }
@@ -125,50 +132,123 @@ impl<'a> Region<'a> {
     }
 
     /// First logical block.
+    #[inline]
     pub fn slba(&self) -> u64 {
         u64_at(self.0, 0)
     }
 
     /// The namespace.
+    #[inline]
     pub fn nsid(&self) -> u32 {
         u32_at(self.0, 8)
     }
 
     /// Its size in logical blocks.
+    #[inline]
     pub fn blocks(&self) -> u32 {
         u32_at(self.0, 12)
     }
 
     /// Blocks left to copy.
+    #[inline]
     pub fn dirty(&self) -> u32 {
         u32_at(self.0, 16)
     }
 
     /// Blocks reported as changed this round, saturating.
+    #[inline]
     pub fn changed(&self) -> u32 {
         u32_at(self.0, 20)
     }
 
     /// Milliseconds since the last change; `None` = never changed.
+    #[inline]
     pub fn idle_ms(&self) -> Option<u32> {
         Some(u32_at(self.0, 24)).filter(|&idle| idle != u32::MAX)
     }
 
     /// The first copy of the region is still open (flag bit 0).
+    #[inline]
     pub fn is_open(&self) -> bool {
         self.0[28] & 1 != 0
     }
 
     /// Held for later by the tracking plan (flag bit 1).
+    #[inline]
     pub fn is_held(&self) -> bool {
         self.0[28] & 2 != 0
     }
 }
 
-/// One changed range as its record; `blocks` from 1 to [`RANGE_BLOCKS_MAX`].
-pub fn range(nsid: u32, slba: u64, blocks: u32, deallocated: bool) -> [u8; 16] {
-    let length = blocks & RANGE_BLOCKS_MAX | if deallocated { 1 << 31 } else { 0 };
-    (u128::from(slba) | u128::from(length) << 64 | u128::from(nsid) << 96).to_le_bytes()
+/// Lengthens ranges by what follows them, for a `cdq` answer: first [`Scratch::merge`], then a [`add`](Self::add) per change.
+///
+/// Whether neighbours follow one another no processor can foresee, so nothing branches on it: each change writes the range that
+/// it begins or lengthens.
+#[derive(Debug)]
+pub struct Merge<'a> {
+    /// The first is there for a range that nothing lengthens.
+    records: &'a mut [[u8; 16]],
+    last: usize,
+    slba: u64,
+    end: u64,
+    /// Where it lies, as bits 127:95 of its record: the namespace and whether it was deallocated.
+    place: u64,
+}
+
+impl Merge<'_> {
+    /// Adds the logical blocks from `slba` up to, not including, `end`: at least one and at most [`RANGE_BLOCKS_MAX`].
+    #[inline(always)]
+    pub fn add(&mut self, nsid: u32, slba: u64, end: u64, deallocated: bool) {
+        let place = u64::from(nsid) << 32 | u64::from(deallocated) << 31;
+        let follows = (slba == self.end) & (place == self.place);
+        self.slba = if follows { self.slba } else { slba };
+        self.last += usize::from(!follows);
+        if end.wrapping_sub(self.slba) > u64::from(RANGE_BLOCKS_MAX) {
+            self.slba = begin_anew(slba);
+            self.last += 1;
+        }
+        (self.end, self.place) = (end, place);
+        // Always there, if no more changes come than were announced.
+        if let Some(record) = self.records.get_mut(self.last) {
+            let blocks = end.wrapping_sub(self.slba) & u64::from(RANGE_BLOCKS_MAX);
+            *record = (u128::from(self.slba) | u128::from(place | blocks) << 64).to_le_bytes();
+        }
+    }
+
+    /// The ranges, in the order in which they began.
+    #[inline(always)]
+    pub fn finish(self) -> Ranges {
+        Ranges(copy_of(self.records, self.last))
+    }
+}
+
+/// The first `count` records after the one at 0. Apart from [`Merge::finish`], so that a merge stays in registers.
+#[inline(never)]
+fn copy_of(records: &[[u8; 16]], count: usize) -> Vec<u8> {
+    records.get(1..=count).unwrap_or_default().as_flattened().to_vec()
+}
+
+/// Where the next range begins when the last one is full. A call, so that a change does not wait for the length of the range
+/// before it: a branch that is never taken is foreseen, a value chosen by it is not.
+#[cold]
+#[inline(never)]
+fn begin_anew(slba: u64) -> u64 {
+    slba
+}
+
+/// Room to merge in, kept from call to call: it is cleared once, when it grows.
+#[derive(Debug, Default)]
+pub struct Scratch(Vec<[u8; 16]>);
+
+impl Scratch {
+    /// Begins to merge up to `changes` changes.
+    pub fn merge(&mut self, changes: usize) -> Merge<'_> {
+        if self.0.len() <= changes {
+            self.0.resize(changes + 1, [0; 16]);
+        }
+        // No namespace has NSID 0: the first change follows nothing.
+        Merge { records: &mut self.0, last: 0, slba: 0, end: 0, place: 0 }
+    }
 }
 
 /// Writes the changed ranges of a `cdq` answer, 16 bytes each.
@@ -176,16 +256,6 @@ pub fn range(nsid: u32, slba: u64, blocks: u32, deallocated: bool) -> [u8; 16] {
 pub struct Ranges(Vec<u8>);
 
 impl Ranges {
-    /// Room for `ranges` ranges.
-    pub fn with_capacity(ranges: usize) -> Self {
-        Self(Vec::with_capacity(ranges * 16))
-    }
-
-    /// Ranges that were written elsewhere, by [`range`].
-    pub fn from_records(records: Vec<[u8; 16]>) -> Self {
-        Self(records.into_flattened())
-    }
-
     /// Adds `blocks` logical blocks from `slba` on, in pieces of [`RANGE_BLOCKS_MAX`]; none if `blocks` is 0.
     pub fn push(&mut self, nsid: u32, slba: u64, blocks: u64, deallocated: bool) {
         let flag = if deallocated { 1 << 31 } else { 0 };
@@ -336,7 +406,7 @@ mod tests {
 
     #[test]
     fn long_ranges_and_extents_are_cut_into_pieces_that_fit() {
-        let mut ranges = Ranges::with_capacity(4);
+        let mut ranges = Ranges::default();
         ranges.push(3, 5, 1 << 32, true);
         ranges.push(3, 0, 0, false);
         ranges.push(3, u64::MAX, u64::from(RANGE_BLOCKS_MAX) + 1, false);
@@ -354,13 +424,33 @@ mod tests {
     }
 
     #[test]
-    fn a_record_is_the_same_either_way() {
-        for deallocated in [false, true] {
+    fn what_follows_lengthens_the_range_before_it() {
+        let mut scratch = Scratch::default();
+        let longest = u64::from(RANGE_BLOCKS_MAX);
+        let far = 1 << 40;
+        for _ in 0..2 {
+            let mut merge = scratch.merge(8);
+            merge.add(3, 0, 7, false);
+            merge.add(3, 7, 9, false);
+            merge.add(4, 9, 12, false);
+            merge.add(4, 12, 13, true);
+            merge.add(4, far, far + longest - 1, false);
+            merge.add(4, far + longest - 1, far + longest, false);
+            merge.add(4, far + longest, far + longest + 1, false);
+            merge.add(4, far, far + 1, false);
             let mut ranges = Ranges::default();
-            ranges.push(3, 1 << 40 | 5, 7, deallocated);
-            let records = Ranges::from_records([range(3, 1 << 40 | 5, 7, deallocated)].into());
-            assert_eq!(ranges.into_bytes(), records.into_bytes());
+            ranges.push(3, 0, 9, false);
+            ranges.push(4, 9, 3, false);
+            ranges.push(4, 12, 1, true);
+            ranges.push(4, far, longest, false);
+            ranges.push(4, far + longest, 1, false);
+            ranges.push(4, far, 1, false);
+            assert_eq!(merge.finish().into_bytes(), ranges.into_bytes());
         }
+        assert!(scratch.merge(0).finish().into_bytes().is_empty());
+        let mut merge = scratch.merge(0);
+        (0..20).for_each(|_| merge.add(1, 1, 2, false));
+        assert!(merge.finish().into_bytes().is_empty(), "more than announced: nothing, but no panic");
     }
 
     #[test]
