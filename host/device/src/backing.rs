@@ -75,6 +75,9 @@ pub trait Backing: Send {
     /// Begins an operation.
     fn submit(&mut self, request: &BackingRequest<'_>) -> Submitted;
 
+    /// A hint: a transfer of these blocks may come next. Any range; it changes nothing.
+    fn prefetch(&self, _slba: u64, _bytes: usize) {}
+
     /// Lets everything submitted since the last call go (one system call for many operations).
     fn commit(&mut self);
 

@@ -1,0 +1,556 @@
+//! One controller: port, registers, reset and shutdown, the fetch gate, suspend and resume.
+//!
+//! Everything that can stop a controller from fetching is looked at before every batch: disabled, shut down, suspended, fenced,
+//! its port taken away, its limit used up. A fenced controller that is enabled answers with CSTS.CFS. A suspended controller
+//! that has no state yet, or one that was restored and not resumed, does not look at its registers at all: the guest's CC.EN
+//! belongs to the controller it comes from.
+
+use crate::admin::{AdminState, Event};
+use crate::config::{ConfigError, ControllerConfig, ControllerRole, SubsystemConfig};
+use crate::context::{Outcome, Work};
+use crate::engine::Engine;
+use crate::features::Features;
+use crate::limit::Limit;
+use crate::queue::{CQE_BYTES, Cq, Ready, Sq};
+use crate::subsystem::Shared;
+use dray_device::poll::Time;
+use dray_device::slot::{Connector, Fence, Port};
+use dray_nvme::command::SubmissionEntry;
+use dray_nvme::event::{EventType, error_info};
+use dray_nvme::log::LogId;
+use dray_nvme::registers::{Cap, Vs, offset};
+use dray_nvme::status::Status;
+
+/// The version that the controllers claim (VS): 1.4 keeps older drivers content; live migration is told by its own bits.
+pub(crate) const VERSION: Vs = Vs::V1_4;
+/// Commands that one poll of a controller fetches.
+pub(crate) const BUDGET: u32 = 32;
+
+/// Whether a controller fetches (live migration, Base 2.3 §8.1.13).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Run {
+    Active,
+    /// Suspend was asked for; what was fetched is being finished.
+    Suspending,
+    Suspended,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shutdown {
+    None,
+    /// Flushing namespaces from `next` on; `waiting` flushes are under way.
+    Flushing { next: u16, waiting: u32 },
+    Complete,
+}
+
+/// One controller.
+pub(crate) struct Controller {
+    pub(crate) config: ControllerConfig,
+    pub(crate) cap: Cap,
+    pub(crate) connector: Connector,
+    pub(crate) port: Option<Port>,
+    pub(crate) engine: Engine,
+    /// By QID; 0 is the admin queue.
+    pub(crate) sqs: Vec<Option<Sq>>,
+    pub(crate) cqs: Vec<Option<Cq>>,
+    /// QIDs of the I/O submission queues there are.
+    pub(crate) live: Vec<u16>,
+    next_live: usize,
+    pub(crate) ready: Vec<Ready>,
+    signal: Vec<u16>,
+    pub(crate) enabled: bool,
+    /// CSTS.CFS.
+    pub(crate) fatal: bool,
+    pub(crate) shutdown: Shutdown,
+    pub(crate) cc_seen: u32,
+    pub(crate) resets_seen: u32,
+    pub(crate) run: Run,
+    /// State was committed and not resumed yet.
+    pub(crate) restored: bool,
+    pub(crate) admin: AdminState,
+    pub(crate) features: Features,
+    pub(crate) limit: Limit,
+    /// A migration command that the subsystem must carry out.
+    pub(crate) management: Option<SubmissionEntry>,
+    /// The controller was reset since the subsystem last looked.
+    pub(crate) was_reset: bool,
+    coalescing: bool,
+    released: u64,
+    pub(crate) now: Time,
+}
+
+impl Controller {
+    pub(crate) fn new(
+        index: u16,
+        config: ControllerConfig,
+        subsystem: &SubsystemConfig,
+        active: Vec<u16>,
+    ) -> Result<Self, ConfigError> {
+        let queues = usize::from(config.io_queues) + 1;
+        let cap = Cap::new()
+            .with_mqes(subsystem.max_queue_entries - 1)
+            .with_cqr(true)
+            .with_to(10)
+            .with_css(Cap::CSS_NVM);
+        Ok(Self {
+            cap,
+            connector: Connector::new(),
+            port: None,
+            engine: Engine::new(index, subsystem, active)?,
+            sqs: (0..queues).map(|_| None).collect(),
+            cqs: (0..queues).map(|_| None).collect(),
+            live: Vec::with_capacity(queues),
+            next_live: 0,
+            ready: Vec::with_capacity(usize::from(subsystem.contexts) + BUDGET as usize + 32),
+            signal: Vec::with_capacity(queues),
+            enabled: false,
+            fatal: false,
+            shutdown: Shutdown::None,
+            cc_seen: 0,
+            resets_seen: 0,
+            run: Run::Active,
+            restored: false,
+            admin: AdminState::new(),
+            features: Features::new(config.vectors),
+            limit: Limit::none(),
+            management: None,
+            was_reset: false,
+            coalescing: false,
+            released: 0,
+            now: Time::default(),
+            config,
+        })
+    }
+
+    pub(crate) fn is_manager(&self) -> bool {
+        self.config.role == ControllerRole::Management
+    }
+
+    pub(crate) fn fence(&self) -> &Fence {
+        &self.config.fence
+    }
+
+    /// Does a bounded amount of work; returns how much it was.
+    #[inline]
+    pub(crate) fn poll(&mut self, now: Time, shared: &mut Shared) -> u32 {
+        self.now = now;
+        self.engine.moved = 0;
+        self.take_port(shared);
+        let Some(port) = self.port.take() else { return self.poll_alone(shared) };
+        let work = self.poll_port(&port, shared);
+        self.port = Some(port);
+        work
+    }
+
+    /// Without a port only what was under way goes on.
+    fn poll_alone(&mut self, shared: &mut Shared) -> u32 {
+        self.engine.run_jobs(shared, |_, _, _| {});
+        self.ready.clear();
+        self.settle(None, shared);
+        0
+    }
+
+    fn poll_port(&mut self, port: &Port, shared: &mut Shared) -> u32 {
+        if self.engine.reader.refresh() && self.run != Run::Suspended {
+            self.renew_queues(port);
+        }
+        let generation = self.engine.reader.generation();
+        if self.released != generation {
+            self.released = self.engine.contexts.oldest_generation(generation);
+            self.engine.reader.release(self.released);
+        }
+        self.registers(port, shared);
+        let ready = &mut self.ready;
+        self.engine.run_jobs(shared, |sqid, cid, status| ready.push(Ready { sqid, cid, status, result: 0 }));
+        let mut work = 0;
+        if self.enabled && self.may_fetch(port) {
+            work += self.fetch_admin(port, shared);
+            if !self.live.is_empty() {
+                work += self.fetch_io(port, shared);
+            }
+        }
+        self.admin_progress(port);
+        work += self.finish_batch(port, shared);
+        if self.coalescing {
+            self.coalesced(port);
+        }
+        self.settle(Some(port), shared);
+        if matches!(self.shutdown, Shutdown::Flushing { .. }) && self.run == Run::Active {
+            self.go_on_shutting_down(port, shared);
+        }
+        work
+    }
+
+    /// Takes a change of the slot's pointing into account.
+    pub(crate) fn take_port(&mut self, shared: &mut Shared) {
+        let Some(change) = self.connector.poll() else { return };
+        if self.run == Run::Active {
+            // The function is in another slot, or in none: nothing of the old one goes on.
+            self.reset(shared);
+        }
+        self.port = change;
+        let Some(port) = &self.port else { return };
+        self.engine.reader = port.space().reader();
+        self.released = 0;
+        if self.run == Run::Active {
+            (self.resets_seen, self.cc_seen) = (port.bar().resets(), 0);
+            Self::publish_constants(port.bar(), self.cap);
+            self.publish_status(port);
+        }
+    }
+
+    /// A restored controller whose manager was reset before Resume cannot go on: it waits, fatal, for the guest's reset.
+    pub(crate) fn fail_restored(&mut self, shared: &mut Shared) {
+        self.reset(shared);
+        self.fatal = true;
+        if let Some(port) = &self.port {
+            (self.resets_seen, self.cc_seen) = (port.bar().resets(), port.bar().load32(offset::CC));
+            Self::publish_constants(port.bar(), self.cap);
+            self.publish_status(port);
+        }
+    }
+
+    /// A controller reset (Base 2.3 §3.7.2). What backings are doing goes on until it ends, and is logged; suspension ends.
+    pub(crate) fn reset(&mut self, shared: &mut Shared) {
+        self.engine.flush_log(shared);
+        self.engine.contexts.abandon();
+        self.drop_queues();
+        self.admin = AdminState::new();
+        self.features = Features::new(self.config.vectors);
+        self.engine.wce = true;
+        self.management = None;
+        self.enabled = false;
+        self.fatal = false;
+        self.shutdown = Shutdown::None;
+        self.restored = false;
+        self.engine.counters.resets += 1;
+        self.was_reset = true;
+        self.end_suspension(shared);
+    }
+
+    /// No queue exists any more.
+    pub(crate) fn drop_queues(&mut self) {
+        self.sqs.iter_mut().for_each(|sq| *sq = None);
+        self.cqs.iter_mut().for_each(|cq| *cq = None);
+        self.live.clear();
+        self.ready.clear();
+        self.coalescing = false;
+    }
+
+    /// The controller may fetch again as far as suspension goes; logging goes on.
+    pub(crate) fn end_suspension(&mut self, shared: &mut Shared) {
+        if self.run == Run::Active {
+            return;
+        }
+        self.run = Run::Active;
+        if let Some(log) = &mut self.engine.log {
+            let posted = log.resumed();
+            let id = log.id;
+            shared.cdq_posted(id, &posted);
+        }
+    }
+
+    /// The fetch gate.
+    #[inline]
+    fn may_fetch(&self, port: &Port) -> bool {
+        self.run == Run::Active && self.shutdown == Shutdown::None && !self.fence().is_up() && port.is_current()
+    }
+
+    fn renew_queues(&mut self, port: &Port) {
+        if !self.find_queues() {
+            tracing::warn!(cntlid = self.config.cntlid, "a queue's memory was unmapped under an enabled controller");
+            self.drop_queues();
+            self.engine.contexts.abandon();
+            (self.enabled, self.fatal) = (false, true);
+            self.publish_status(port);
+        }
+    }
+
+    /// Looks the memory of every queue up again.
+    fn find_queues(&mut self) -> bool {
+        let reader = &self.engine.reader;
+        self.sqs.iter_mut().flatten().all(|sq| sq.memory.renew(reader, false))
+            && self.cqs.iter_mut().flatten().all(|cq| cq.memory.renew(reader, true))
+    }
+
+    fn fetch_admin(&mut self, port: &Port, shared: &mut Shared) -> u32 {
+        let mut fetched = 0;
+        while fetched < BUDGET && self.management.is_none() {
+            let Some((sq, cq)) = self.sqs[0].as_mut().zip(self.cqs[0].as_mut()) else { break };
+            let looked = sq.look(port.bar());
+            let reserved = looked.and_then(|()| if sq.is_empty() { Ok(false) } else { cq.reserve(port.bar()) });
+            match reserved {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(_) => {
+                    self.bad_doorbell();
+                    break;
+                }
+            }
+            let entry = sq.entry();
+            sq.in_flight += 1;
+            sq.advance();
+            fetched += 1;
+            self.engine.counters.fetched += 1;
+            let outcome = self.execute_admin(&entry, port, shared);
+            let Some((sq, cq)) = self.sqs[0].as_mut().zip(self.cqs[0].as_mut()) else { break };
+            match outcome {
+                Outcome::Done(status, result) => {
+                    self.ready.push(Ready { sqid: 0, cid: entry.cdw0.cid(), status, result });
+                }
+                Outcome::Pending => {}
+                // An event request that waits: its completion takes a slot when the event comes.
+                Outcome::Busy => {
+                    sq.in_flight -= 1;
+                    cq.release();
+                }
+            }
+        }
+        fetched
+    }
+
+    #[inline]
+    fn fetch_io(&mut self, port: &Port, shared: &mut Shared) -> u32 {
+        let mut left = self.limit.allow(self.now, BUDGET);
+        let burst = self.features.burst();
+        let (queues, mut fetched) = (self.live.len(), 0);
+        for _ in 0..queues {
+            if left == 0 {
+                break;
+            }
+            self.next_live = if self.next_live + 1 >= queues { 0 } else { self.next_live + 1 };
+            let qid = self.live[self.next_live];
+            let count = self.fetch_queue(qid, left.min(burst), port, shared);
+            left -= count;
+            fetched += count;
+        }
+        self.limit.used(fetched);
+        self.engine.counters.fetched += u64::from(fetched);
+        fetched
+    }
+
+    #[inline]
+    fn fetch_queue(&mut self, qid: u16, budget: u32, port: &Port, shared: &mut Shared) -> u32 {
+        let Some(sq) = self.sqs[usize::from(qid)].as_mut() else { return 0 };
+        let Some(cq) = self.cqs[usize::from(sq.cqid)].as_mut() else { return 0 };
+        let mut fetched = 0;
+        let mut bad = sq.look(port.bar()).is_err();
+        while !bad && fetched < budget && !sq.is_empty() && !sq.deleting {
+            if self.engine.moved >= crate::job::CHUNK_BYTES || self.engine.contexts.next().is_none() {
+                break;
+            }
+            match cq.reserve(port.bar()) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(_) => {
+                    bad = true;
+                    break;
+                }
+            }
+            let entry = sq.entry();
+            if let Some(slba) = sq.next_read() {
+                self.engine.prefetch(entry.nsid, slba, shared);
+            }
+            match self.engine.execute(&entry, qid, shared) {
+                Outcome::Busy => {
+                    cq.release();
+                    break;
+                }
+                Outcome::Pending => {}
+                Outcome::Done(status, result) => {
+                    self.ready.push(Ready { sqid: qid, cid: entry.cdw0.cid(), status, result });
+                }
+            }
+            sq.in_flight += 1;
+            sq.advance();
+            fetched += 1;
+        }
+        if bad {
+            self.bad_doorbell();
+        }
+        fetched
+    }
+
+    fn bad_doorbell(&mut self) {
+        self.engine.counters.bad_doorbells += 1;
+        let info = error_info::INVALID_DOORBELL_VALUE;
+        self.admin.report(Event::new(EventType::ERROR, info, LogId::ERROR));
+    }
+
+    /// An operation on a backing has ended.
+    pub(crate) fn ended(&mut self, index: u16, status: Status, shared: &mut Shared) {
+        let Some(context) = self.engine.contexts.get(index) else { return };
+        let (sqid, cid, abandoned, work) = (context.sqid, context.cid, context.abandoned, context.work);
+        let (namespace, slba, blocks) = (context.namespace, context.slba, context.blocks);
+        let finished = match work {
+            Work::Job(job) => self.engine.step_ended(job, shared, status),
+            Work::Read => {
+                if let Some(tracker) = &mut self.engine.tracker {
+                    context.ranges.iter().for_each(|&(iova, bytes)| tracker.written(iova, bytes as usize));
+                }
+                Some(status)
+            }
+            Work::Change => {
+                self.engine.changed(shared, namespace, slba, blocks, false, status);
+                Some(status)
+            }
+            Work::Flush => Some(status),
+            Work::Shutdown => {
+                if let (Shutdown::Flushing { waiting, .. }, false) = (&mut self.shutdown, abandoned) {
+                    *waiting = waiting.saturating_sub(1);
+                }
+                None
+            }
+        };
+        if !matches!(work, Work::Job(_)) {
+            self.engine.contexts.free(index);
+        }
+        if let (Some(status), false) = (finished, abandoned) {
+            self.ready.push(Ready { sqid, cid, status, result: 0 });
+        }
+    }
+
+    /// Posts what is ready: first the log, so that no completion is seen before its change is reported.
+    #[inline]
+    fn finish_batch(&mut self, port: &Port, shared: &mut Shared) -> u32 {
+        self.engine.flush_log(shared);
+        let count = self.ready.len() as u32;
+        if count == 0 {
+            return 0;
+        }
+        let ready = std::mem::take(&mut self.ready);
+        for ready in &ready {
+            let Some(sq) = self.sqs.get_mut(usize::from(ready.sqid)).and_then(Option::as_mut) else { continue };
+            sq.in_flight = sq.in_flight.saturating_sub(1);
+            let (head, cqid) = (sq.head, sq.cqid);
+            let Some(cq) = self.cqs.get_mut(usize::from(cqid)).and_then(Option::as_mut) else { continue };
+            let iova = cq.post(ready, head);
+            if !cq.listed {
+                cq.listed = true;
+                self.signal.push(cqid);
+            }
+            self.engine.wrote(iova, CQE_BYTES);
+            if ready.status.is_error() {
+                self.engine.counters.errors += 1;
+                self.engine.counters.media_errors += u64::from(ready.status.sct().0 == 2);
+                self.admin.record_error(ready);
+            }
+        }
+        self.engine.counters.completed += u64::from(count);
+        self.ready = ready;
+        self.ready.clear();
+        self.raise_interrupts(port);
+        count
+    }
+
+    fn raise_interrupts(&mut self, port: &Port) {
+        while let Some(cqid) = self.signal.pop() {
+            let Some(cq) = self.cqs.get_mut(usize::from(cqid)).and_then(Option::as_mut) else { continue };
+            cq.listed = false;
+            if !cq.ien {
+                cq.unsignalled = 0;
+                continue;
+            }
+            let (threshold, time_ns) = self.features.coalescing(cq.vector);
+            if cq.qid == 0 || threshold == 0 || cq.unsignalled > threshold {
+                Self::interrupt(cq, port, &mut self.engine.counters.interrupts);
+            } else if cq.deadline == Time::NEVER {
+                cq.deadline = self.now.after_ns(time_ns);
+                self.coalescing = true;
+            }
+        }
+    }
+
+    fn interrupt(cq: &mut Cq, port: &Port, count: &mut u64) {
+        port.raise(cq.vector);
+        *count += 1;
+        (cq.unsignalled, cq.deadline) = (0, Time::NEVER);
+    }
+
+    /// Raises the interrupts that have waited long enough.
+    fn coalesced(&mut self, port: &Port) {
+        self.coalescing = false;
+        let count = &mut self.engine.counters.interrupts;
+        for cq in self.cqs.iter_mut().flatten().filter(|cq| cq.deadline != Time::NEVER) {
+            if cq.deadline <= self.now {
+                Self::interrupt(cq, port, count);
+            } else {
+                self.coalescing = true;
+            }
+        }
+    }
+
+    /// The next moment at which something happens by itself.
+    pub(crate) fn next_deadline(&self) -> Time {
+        let coalescing = if self.coalescing {
+            self.cqs.iter().flatten().map(|cq| cq.deadline).min().unwrap_or(Time::NEVER)
+        } else {
+            Time::NEVER
+        };
+        coalescing.min(self.limit.next(self.now))
+    }
+
+    /// Suspend (STYPE 1): fetches nothing more from now on.
+    pub(crate) fn suspend(&mut self) {
+        if self.run == Run::Active {
+            self.run = Run::Suspending;
+        }
+    }
+
+    /// Completes a suspend when nothing is under way: not in the queues, and not in the backings either.
+    fn settle(&mut self, port: Option<&Port>, shared: &mut Shared) {
+        let quiet = self.engine.is_quiet() && self.ready.is_empty() && self.admin.deletes.is_empty();
+        if self.run != Run::Suspending || !quiet {
+            return;
+        }
+        self.engine.flush_log(shared);
+        if let Some(log) = &mut self.engine.log {
+            let posted = log.suspended();
+            let id = log.id;
+            shared.cdq_posted(id, &posted);
+        }
+        if let Some(port) = port {
+            // The state shall say what the doorbells said last; a bad value stays for the next look after Resume.
+            for sq in self.sqs.iter_mut().flatten() {
+                let _refused = sq.look(port.bar());
+            }
+            for cq in self.cqs.iter_mut().flatten() {
+                let _refused = cq.look(port.bar());
+                if cq.deadline != Time::NEVER {
+                    Self::interrupt(cq, port, &mut self.engine.counters.interrupts);
+                }
+            }
+            self.coalescing = false;
+        }
+        self.run = Run::Suspended;
+    }
+
+    /// Resume: the queues' memory must be there. A restored controller publishes its registers, takes the doorbells as they
+    /// stand, and wakes the guest where completions wait.
+    pub(crate) fn resume(&mut self, shared: &mut Shared) -> Result<(), Status> {
+        self.take_port(shared);
+        self.engine.reader.refresh();
+        if self.enabled && self.port.is_some() && !self.find_queues() {
+            return Err(Status::INVALID_FIELD.with_dnr());
+        }
+        if self.restored && self.port.is_none() {
+            return Err(Status::COMMAND_SEQUENCE.with_dnr());
+        }
+        if let Some(port) = &self.port {
+            if !self.enabled {
+                (self.resets_seen, self.cc_seen) = (port.bar().resets(), 0);
+            }
+            Self::publish_constants(port.bar(), self.cap);
+            self.publish_status(port);
+            for cq in self.cqs.iter_mut().flatten() {
+                let _refused = cq.look(port.bar());
+                if cq.ien && cq.has_entries() {
+                    Self::interrupt(cq, port, &mut self.engine.counters.interrupts);
+                }
+            }
+        }
+        self.restored = false;
+        self.end_suspension(shared);
+        Ok(())
+    }
+}

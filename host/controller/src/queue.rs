@@ -1,0 +1,284 @@
+//! Submission and completion queues as their controller sees them (Base 2.3 §3.3.1, §4.1, §4.2).
+
+use dray_device::bar::Bar;
+use dray_device::memory::{Arena, DmaBuffer};
+use dray_device::poll::Time;
+use dray_device::space::SpaceReader;
+use dray_nvme::command::{NvmOpcode, SubmissionEntry};
+use dray_nvme::registers::{cq_head_doorbell, sq_tail_doorbell};
+use dray_nvme::status::Status;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use zerocopy::IntoBytes;
+
+/// Bytes of a submission queue entry.
+pub(crate) const SQE_BYTES: usize = 64;
+/// Bytes of a completion queue entry.
+pub(crate) const CQE_BYTES: usize = 16;
+
+/// Memory of a queue, held while the queue lives.
+#[derive(Debug)]
+pub(crate) struct QueueMemory {
+    pub(crate) iova: u64,
+    bytes: usize,
+    buffer: DmaBuffer,
+}
+
+impl QueueMemory {
+    /// The memory at `iova`; it must lie in one mapping (queues are contiguous: CAP.CQR).
+    pub(crate) fn find(reader: &SpaceReader, iova: u64, bytes: usize, write: bool) -> Result<Self, Status> {
+        let segment = reader.lookup(iova, bytes, write).ok_or(Status::DATA_TRANSFER_ERROR.with_dnr())?;
+        let buffer = DmaBuffer::new(Arc::clone(segment.arena()), segment.offset(), bytes);
+        let buffer = buffer.ok_or(Status::DATA_TRANSFER_ERROR.with_dnr())?;
+        Ok(Self { iova, bytes, buffer })
+    }
+
+    /// Looks the memory up again after the address space has changed; `false` when it has gone.
+    pub(crate) fn renew(&mut self, reader: &SpaceReader, write: bool) -> bool {
+        Self::find(reader, self.iova, self.bytes, write).map(|found| *self = found).is_ok()
+    }
+
+    #[inline]
+    fn at(&self, offset: usize) -> (&Arena, usize) {
+        (self.buffer.arena(), self.buffer.offset() + offset)
+    }
+}
+
+/// A doorbell value that cannot be (Base 2.3 §5.2.2.1, asynchronous event information 01h).
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct BadDoorbell;
+
+/// A submission queue.
+#[derive(Debug)]
+pub(crate) struct Sq {
+    pub(crate) memory: QueueMemory,
+    pub(crate) qid: u16,
+    pub(crate) cqid: u16,
+    /// Entries.
+    pub(crate) size: u32,
+    pub(crate) qprio: u8,
+    pub(crate) head: u32,
+    pub(crate) tail: u32,
+    /// The doorbell's value at the last look, legal or not.
+    bell: u32,
+    /// Fetched and not posted.
+    pub(crate) in_flight: u32,
+    /// A Delete command waits for the queue to run dry.
+    pub(crate) deleting: bool,
+}
+
+impl Sq {
+    pub(crate) fn new(memory: QueueMemory, qid: u16, cqid: u16, size: u32, qprio: u8) -> Self {
+        Self { memory, qid, cqid, size, qprio, head: 0, tail: 0, bell: 0, in_flight: 0, deleting: false }
+    }
+
+    /// Where the queue goes on after a restore.
+    pub(crate) fn set_position(&mut self, head: u32, tail: u32) {
+        (self.head, self.tail, self.bell) = (head, tail, tail);
+    }
+
+    /// Looks at the tail doorbell.
+    #[inline]
+    pub(crate) fn look(&mut self, bar: &Bar) -> Result<(), BadDoorbell> {
+        let bell = bar.load32(sq_tail_doorbell(self.qid, 0));
+        if bell == self.bell {
+            return Ok(());
+        }
+        self.bell = bell;
+        if bell >= self.size {
+            return Err(BadDoorbell);
+        }
+        self.tail = bell;
+        Ok(())
+    }
+
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.head == self.tail
+    }
+
+    /// A copy of the entry at the head. The guest may change its own at any time.
+    #[inline]
+    pub(crate) fn entry(&self) -> SubmissionEntry {
+        let (arena, at) = self.memory.at(self.head as usize * SQE_BYTES);
+        let mut entry = SubmissionEntry::default();
+        arena.read(at, entry.as_mut_bytes());
+        arena.prefetch(at + SQE_BYTES);
+        entry
+    }
+
+    /// SLBA of the entry behind the head, if one is there and it is a read: a hint, whatever the guest makes of it.
+    #[inline]
+    pub(crate) fn next_read(&self) -> Option<u64> {
+        let next = if self.head + 1 == self.size { 0 } else { self.head + 1 };
+        let (arena, at) = self.memory.at(next as usize * SQE_BYTES);
+        let read = next != self.tail && arena.load8(at, Ordering::Relaxed) == NvmOpcode::READ.0;
+        read.then(|| arena.load64(at + 40, Ordering::Relaxed))
+    }
+
+    #[inline]
+    pub(crate) fn advance(&mut self) {
+        self.head += 1;
+        if self.head == self.size {
+            self.head = 0;
+        }
+    }
+}
+
+/// A completion to be posted.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ready {
+    pub(crate) sqid: u16,
+    pub(crate) cid: u16,
+    pub(crate) status: Status,
+    pub(crate) result: u64,
+}
+
+/// A completion queue.
+#[derive(Debug)]
+pub(crate) struct Cq {
+    pub(crate) memory: QueueMemory,
+    pub(crate) qid: u16,
+    /// Entries.
+    pub(crate) size: u32,
+    pub(crate) ien: bool,
+    pub(crate) vector: u16,
+    pub(crate) head: u32,
+    pub(crate) tail: u32,
+    /// The tag of the next entry.
+    pub(crate) phase: bool,
+    bell: u32,
+    /// Slots promised to fetched commands.
+    reserved: u32,
+    /// Submission queues that use it.
+    pub(crate) users: u16,
+    /// Entries posted since the last interrupt.
+    pub(crate) unsignalled: u32,
+    /// In the list of queues to be signalled.
+    pub(crate) listed: bool,
+    /// When the oldest of them must be signalled.
+    pub(crate) deadline: Time,
+}
+
+impl Cq {
+    pub(crate) fn new(memory: QueueMemory, qid: u16, size: u32, vector: Option<u16>) -> Self {
+        Self {
+            memory,
+            qid,
+            size,
+            ien: vector.is_some(),
+            vector: vector.unwrap_or(0),
+            head: 0,
+            tail: 0,
+            phase: true,
+            bell: 0,
+            reserved: 0,
+            users: 0,
+            unsignalled: 0,
+            listed: false,
+            deadline: Time::NEVER,
+        }
+    }
+
+    /// Where the queue goes on after a restore.
+    pub(crate) fn set_position(&mut self, head: u32, tail: u32, phase: bool) {
+        (self.head, self.bell, self.tail, self.phase) = (head, head, tail, phase);
+    }
+
+    fn used(&self) -> u32 {
+        let span = self.tail + self.size - self.head;
+        if span >= self.size { span - self.size } else { span }
+    }
+
+    /// Entries that the guest has not taken, as far as the last look at the doorbell tells.
+    pub(crate) fn has_entries(&self) -> bool {
+        self.head != self.tail
+    }
+
+    /// Promises a slot to a command about to be fetched. Looks at the head doorbell only when the known room is used up.
+    #[inline]
+    pub(crate) fn reserve(&mut self, bar: &Bar) -> Result<bool, BadDoorbell> {
+        if self.used() + self.reserved + 1 >= self.size {
+            self.look(bar)?;
+            if self.used() + self.reserved + 1 >= self.size {
+                return Ok(false);
+            }
+        }
+        self.reserved += 1;
+        Ok(true)
+    }
+
+    /// Takes a promise back.
+    #[inline]
+    pub(crate) fn release(&mut self) {
+        self.reserved = self.reserved.saturating_sub(1);
+    }
+
+    /// Looks at the head doorbell. A head that skips entries which were never posted is refused.
+    pub(crate) fn look(&mut self, bar: &Bar) -> Result<(), BadDoorbell> {
+        let bell = bar.load32(cq_head_doorbell(self.qid, 0));
+        if bell == self.bell {
+            return Ok(());
+        }
+        self.bell = bell;
+        let step = |from: u32, to: u32| if to >= from { to - from } else { to + self.size - from };
+        if bell >= self.size || step(self.head, bell) > self.used() {
+            return Err(BadDoorbell);
+        }
+        self.head = bell;
+        Ok(())
+    }
+
+    /// Writes an entry into a slot that was reserved; returns its I/O virtual address. DW2 and DW3 are one store, which comes
+    /// last: who sees the phase tag sees the entry.
+    #[inline]
+    pub(crate) fn post(&mut self, ready: &Ready, sqhd: u32) -> u64 {
+        let at = self.tail as usize * CQE_BYTES;
+        let status = u32::from(ready.status.into_bits()) << 1 | u32::from(self.phase);
+        let high = u64::from(sqhd & 0xffff)
+            | u64::from(ready.sqid) << 16
+            | u64::from(ready.cid) << 32
+            | u64::from(status) << 48;
+        let (arena, offset) = self.memory.at(at);
+        arena.store64(offset, ready.result, Ordering::Relaxed);
+        arena.store64(offset + 8, high, Ordering::Release);
+        self.reserved = self.reserved.saturating_sub(1);
+        self.unsignalled += 1;
+        self.tail += 1;
+        if self.tail == self.size {
+            self.tail = 0;
+            self.phase = !self.phase;
+        }
+        self.memory.iova + at as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dray_device::memory::Pages;
+    use dray_device::space::AddressSpace;
+
+    #[test]
+    fn a_head_that_skips_what_was_never_posted_is_refused() {
+        let (space, bar) = (AddressSpace::default(), Bar::new().expect("bar"));
+        let iova = space.map(&DmaBuffer::allocate("cq", 4096, Pages::Small).expect("memory"), true).expect("map");
+        let memory = QueueMemory::find(&space.reader(), iova, 4 * CQE_BYTES, true).expect("memory");
+        let mut cq = Cq::new(memory, 1, 4, None);
+        let ready = Ready { sqid: 1, cid: 0, status: Status::SUCCESS, result: 0 };
+        for _ in 0..3 {
+            assert_eq!(cq.reserve(&bar), Ok(true));
+            cq.post(&ready, 0);
+        }
+        assert_eq!(cq.reserve(&bar), Ok(false), "full");
+        bar.store32(cq_head_doorbell(1, 0), 2);
+        assert_eq!(cq.look(&bar), Ok(()));
+        for bad in [0, 1, 4, u32::MAX] {
+            bar.store32(cq_head_doorbell(1, 0), bad);
+            assert_eq!(cq.look(&bar), Err(BadDoorbell), "{bad} with entries 2 to 3 unread");
+        }
+        assert_eq!(cq.reserve(&bar), Ok(true));
+        assert_eq!(cq.reserve(&bar), Ok(true));
+        assert_eq!(cq.reserve(&bar), Ok(false), "promised slots are taken");
+    }
+}
