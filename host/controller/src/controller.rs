@@ -151,15 +151,17 @@ impl Controller {
     }
 
     fn poll_port(&mut self, port: &Port, shared: &mut Shared) -> u32 {
-        if self.engine.reader.refresh() && self.run != Run::Suspended {
-            self.renew_queues(port);
-        }
+        let remapped = self.engine.reader.refresh();
         let generation = self.engine.reader.generation();
         if self.released != generation {
             self.released = self.engine.contexts.oldest_generation(generation);
             self.engine.reader.release(self.released);
         }
+        // Registers first: a guest may disable its controller and unmap its queues between two polls.
         self.registers(port, shared);
+        if remapped && self.run != Run::Suspended {
+            self.renew_queues(port);
+        }
         let ready = &mut self.ready;
         self.engine.run_jobs(shared, |sqid, cid, status| ready.push(Ready { sqid, cid, status, result: 0 }));
         let mut work = 0;

@@ -225,7 +225,7 @@ impl Poll for Subsystem {
 }
 
 /// A management controller has every namespace that some controller has.
-fn is_attached(config: &SubsystemConfig, controller: usize, nsid: u32) -> bool {
+pub(crate) fn is_attached(config: &SubsystemConfig, controller: usize, nsid: u32) -> bool {
     let controller = &config.controllers[controller];
     let named = controller.namespaces.contains(&nsid);
     let manages = controller.role == ControllerRole::Management;

@@ -1,10 +1,9 @@
 //! What a policy needs besides its decision: the bindings of `wit/0.1`, typed views of the packed records, an allocator and
 //! a panic handler.
 //!
-//! Start with [`policy!`], then read [`packed`]. A policy crate is `crate-type = ["cdylib"]` (with an `rlib` beside it
-//! cargo would optimise no further than a crate), has
-//! `#![cfg_attr(target_arch = "wasm32", no_std)]` at its top, and is built by `cargo xtask plugins`; its decision is plain
-//! Rust that `cargo test` runs on the host.
+//! Start with [`policy!`], then read [`packed`]. A policy crate is `crate-type = ["cdylib"]` and nothing more (beside an `rlib`
+//! cargo ignores `lto`, and the views of [`packed`] become calls), has `#![cfg_attr(target_arch = "wasm32", no_std)]` at its
+//! top, and is built by `cargo xtask plugins`; its decision is plain Rust that `cargo test` runs on the host.
 //!
 //! What it does not do: no clock, no randomness, no files. Time and the seed come with each call (`setup.seed`, `now-us`).
 #![no_std]

@@ -448,6 +448,11 @@ mod tests {
             assert_eq!(merge.finish().into_bytes(), ranges.into_bytes());
         }
         assert!(scratch.merge(0).finish().into_bytes().is_empty());
+        let mut small = Scratch::default();
+        let mut merge = small.merge(2);
+        merge.add(1, 1, 2, false);
+        merge.add(1, 3, 4, false);
+        assert_eq!(merge.finish().into_bytes().len(), 32, "as many ranges as changes were announced");
         let mut merge = scratch.merge(0);
         (0..20).for_each(|_| merge.add(1, 1, 2, false));
         assert!(merge.finish().into_bytes().is_empty(), "more than announced: nothing, but no panic");

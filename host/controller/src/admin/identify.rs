@@ -7,7 +7,7 @@ use crate::io::{COPY_BLOCKS, COPY_RANGE_BLOCKS, COPY_RANGES};
 use crate::namespace::Namespace;
 use crate::state::VENDOR_UUID;
 use crate::manage::{MAX_CDQ_RANGES, max_cdq_ranges};
-use crate::subsystem::{MAX_TRACKED_IN_ALL, MAX_TRACKED_RANGES, Shared, TRACK_GRANULARITY};
+use crate::subsystem::{MAX_TRACKED_IN_ALL, MAX_TRACKED_RANGES, Shared, TRACK_GRANULARITY, is_attached};
 use dray_nvme::cdq::LBAMQF_TYPE_0;
 use dray_nvme::command::{IdentifyCdw10, IdentifyCdw11, NSID_ALL, SubmissionEntry};
 use dray_nvme::identify::{
@@ -55,10 +55,14 @@ impl Controller {
                 let active = self.active_nsids().filter(|&active| active > nsid);
                 write_nsid_list(active, page);
             }
-            Cns::CONTROLLERS => {
-                let mut ids: Vec<u16> = shared.controllers.iter().copied().filter(|&id| id >= cdw10.cntid()).collect();
-                ids.sort_unstable();
-                write_controller_list(ids, page);
+            Cns::CONTROLLERS => list_controllers(shared.controllers.iter().copied(), cdw10.cntid(), page),
+            Cns::NAMESPACE_CONTROLLERS => {
+                if !shared.namespaces.iter().any(|namespace| namespace.config.nsid == nsid) {
+                    return Err(Status::INVALID_NAMESPACE.with_dnr());
+                }
+                let config = &shared.config;
+                let attached = (0..config.controllers.len()).filter(|&index| is_attached(config, index, nsid));
+                list_controllers(attached.map(|index| config.controllers[index].cntlid), cdw10.cntid(), page);
             }
             Cns::CONTROLLER_STATE_FORMATS if self.is_manager() => {
                 ControllerStateFormats::build(&[0], &[VENDOR_UUID], page).map_err(|_| Status::INTERNAL_ERROR)?;
@@ -175,6 +179,13 @@ fn identify_independent(namespace: &Namespace) -> IdentifyNamespaceIndependent {
     (page.nmic, page.nsattr) = (nmic(namespace), nsattr(namespace));
     page.nstat = Nstat::new().with_nrdy(true);
     page
+}
+
+/// A controller list from `first` on, ascending.
+fn list_controllers(ids: impl Iterator<Item = u16>, first: u16, page: &mut [u8]) {
+    let mut ids: Vec<u16> = ids.filter(|&id| id >= first).collect();
+    ids.sort_unstable();
+    write_controller_list(ids, page);
 }
 
 fn describe(namespace: &Namespace, page: &mut [u8]) -> Result<(), Status> {

@@ -1,0 +1,123 @@
+//! The demo's input: the source's image, the destination's A5h, the guest's ledger.
+
+use super::GUEST_BLOCKS;
+use super::progress::Screen;
+use crate::assembly::file_of;
+use crate::cli::DemoArgs;
+use crate::config::{BackingKind, Config, Namespace};
+use crate::config::units::Size;
+use crate::image::{self, BLOCK_BYTES, ImageSpec};
+use crate::live;
+use dray_workload::ledger::{Ledger, LedgerSpec};
+use dray_workload::pattern;
+use miette::{IntoDiagnostic, WrapErr, miette};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What the destination holds before anything is copied.
+const PREFILL: u8 = 0xa5;
+
+/// What a run starts from.
+pub(super) struct Input {
+    /// The namespace that moves.
+    pub(super) nsid: u32,
+    /// The source's file.
+    pub(super) source: PathBuf,
+    /// The destination's file.
+    pub(super) destination: PathBuf,
+    /// What the guest writes and keeps account of.
+    pub(super) ledger: Arc<Ledger>,
+}
+
+/// Makes the source's image and the destination's file.
+pub(super) fn make(config: &Config, args: &DemoArgs, screen: &mut Screen) -> miette::Result<Input> {
+    let (nsid, source) = end(config, config.file.migration.from.get_ref())?;
+    let (_, destination) = end(config, config.file.migration.to.get_ref())?;
+    for path in [&source, &destination] {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).into_diagnostic().wrap_err_with(|| folder.display().to_string())?;
+        }
+    }
+    let (bytes, blocks) = match &args.image {
+        Some(image) => given(image, &source, screen)?,
+        None => made(&source, args.size, screen)?,
+    };
+    screen.say(&format!("destination  {} of A5h in {}", Size(bytes), destination.display()));
+    let file = File::create(&destination).into_diagnostic().wrap_err_with(|| destination.display().to_string())?;
+    pattern::fill_file(&file, bytes, PREFILL).into_diagnostic().wrap_err_with(|| destination.display().to_string())?;
+    // What is still to be written back would compete with the guest.
+    for path in [&source, &destination] {
+        File::open(path).and_then(|file| file.sync_all()).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
+    }
+    let path = live::ledger_path(config);
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).into_diagnostic()?;
+    }
+    let spec = LedgerSpec { seed: args.seed, guest: 1, blocks };
+    let ledger = Ledger::create(&path, &spec).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
+    screen.say(&format!("ledger       {}", path.display()));
+    Ok(Input { nsid, source, destination, ledger: Arc::new(ledger) })
+}
+
+/// The file-backed namespace of one end.
+fn end(config: &Config, name: &str) -> miette::Result<(u32, PathBuf)> {
+    let file = |n: &Namespace| (n.backing == BackingKind::File).then(|| file_of(config, n)).flatten();
+    let subsystem = config.subsystem(name).ok_or_else(|| miette!("there is no subsystem \"{name}\""))?;
+    let first = subsystem.namespaces.iter().find_map(|n| Some((*n.nsid.get_ref(), file(n)?)));
+    first.ok_or_else(|| miette!("\"{name}\" has no file-backed namespace, which the demo reads again at the end"))
+}
+
+fn made(path: &Path, size: Size, screen: &mut Screen) -> miette::Result<(u64, Vec<u64>)> {
+    let cache = path.parent().map(|folder| folder.join("image-cache"));
+    let mut spec = ImageSpec::new(path.to_path_buf(), cache);
+    spec.fill_limit = (u128::from(spec.fill_limit) * u128::from(size.0) / u128::from(spec.bytes)) as u64;
+    spec.guest_bytes = (spec.guest_bytes.min(size.0 / 8)) / BLOCK_BYTES * BLOCK_BYTES;
+    spec.bytes = size.0;
+    let image = image::make(&spec).into_diagnostic().wrap_err("the source's image could not be made")?;
+    let cached = if image.cached { ", kept from the last run" } else { "" };
+    screen.say(&format!(
+        "source       {} of ext4 in {}: {} real files, {}{cached}",
+        size,
+        path.display(),
+        image.files,
+        Size(image.fill_bytes)
+    ));
+    screen.say(&format!(
+        "guest file   {} in {} pieces over the whole image",
+        Size(image.target_blocks.len() as u64 * BLOCK_BYTES),
+        image.pieces
+    ));
+    Ok((size.0, image.target_blocks))
+}
+
+/// A copy of an image that the user named, and the blocks of it that the guest may write.
+fn given(image: &Path, source: &Path, screen: &mut Screen) -> miette::Result<(u64, Vec<u64>)> {
+    let named = || image.display().to_string();
+    let bytes = std::fs::metadata(image).into_diagnostic().wrap_err_with(named)?.len();
+    if bytes == 0 || !bytes.is_multiple_of(BLOCK_BYTES) {
+        return Err(miette!(
+            help = "pad it, for instance with `truncate -s %4096 FILE`",
+            "{} has {bytes} bytes, which is not a whole number of blocks of {BLOCK_BYTES} bytes",
+            image.display()
+        ));
+    }
+    if std::fs::canonicalize(image).ok() == std::fs::canonicalize(source).ok() {
+        return Err(miette!("{} is the demo's own source file; name another", image.display()));
+    }
+    std::fs::copy(image, source).into_diagnostic().wrap_err_with(named)?;
+    let blocks = match image::add_guest_file(source).into_diagnostic().wrap_err_with(named)? {
+        Some(blocks) => {
+            let size = Size(blocks.len() as u64 * BLOCK_BYTES);
+            screen.say(&format!("source       a copy of {}, with a file of {size} for the guest", image.display()));
+            blocks
+        }
+        None => {
+            let all = bytes / BLOCK_BYTES;
+            let step = (all / GUEST_BLOCKS.min(all.div_ceil(8))).max(1);
+            screen.say(&format!("source       a copy of {} (no ext4): the guest writes every {step}th block", image.display()));
+            (0..all).step_by(usize::try_from(step).into_diagnostic()?).collect()
+        }
+    };
+    Ok((bytes, blocks))
+}

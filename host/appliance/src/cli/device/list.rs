@@ -1,0 +1,199 @@
+//! `dray device list`: controllers and namespaces at a glance.
+
+use super::identify::ask;
+use super::page::hex;
+use super::session::Session;
+use super::{Device, devices, file_of, is_missing, print, start};
+use crate::config::units::Size;
+use crate::config::{self, BackingKind, Config, Role, nguid_bytes};
+use dray_nvme::identify::{Cns, IdentifyController, IdentifyNamespace, nsid_list};
+use miette::miette;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::ExitCode;
+use zerocopy::FromBytes;
+
+/// What a controller says of itself, as far as the list shows it.
+#[derive(Debug)]
+struct Listed<'a> {
+    device: Device<'a>,
+    id: Box<IdentifyController>,
+    /// NSID and what it is, of each active namespace.
+    namespaces: Vec<(u32, Box<IdentifyNamespace>)>,
+    /// The management controller that moves it.
+    mover: Option<String>,
+}
+
+/// Lists all controllers and namespaces of the configuration.
+pub(in super::super) fn run(config: &Path, as_json: bool) -> miette::Result<ExitCode> {
+    let config = Config::read(config)?;
+    let listed = gather(&config)?;
+    if as_json {
+        let all: Vec<_> = listed.iter().map(|one| one.to_json(&config)).collect();
+        print(&format!("{:#}\n", json!({ "devices": all })))?;
+    } else {
+        print(&text(&config, &listed))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn gather(config: &Config) -> miette::Result<Vec<Listed<'_>>> {
+    let mut all = Vec::new();
+    for subsystem in &config.file.subsystems {
+        let mut machine = start(config, subsystem)?;
+        let mut group = Vec::new();
+        for device in devices(config).filter(|d| std::ptr::eq(d.subsystem, subsystem)) {
+            let slot = device.slot(&machine)?;
+            let mut session = Session::open(&device.name(), &mut machine.subsystem, &slot)?;
+            group.push(look(&mut session, device)?);
+            session.close()?;
+        }
+        let mover = group.iter().find(|one| one.id.oacs.hmlms()).map(|one| one.device.name());
+        for one in &mut group {
+            one.mover = mover.clone().filter(|_| one.device.controller.role == Role::Migratable);
+        }
+        all.append(&mut group);
+    }
+    Ok(all)
+}
+
+fn look<'a>(session: &mut Session<'_>, device: Device<'a>) -> miette::Result<Listed<'a>> {
+    let id = session.driver().identify().copied();
+    let id = id.ok_or_else(|| miette!("{}: no Identify Controller", session.name()))?;
+    let refused = |status| miette!("{}: {status}", device.name());
+    let nsids = ask(session, Cns::ACTIVE_NAMESPACES, 0)?.map_err(refused)?;
+    let mut namespaces = Vec::new();
+    for nsid in nsid_list(&nsids.data) {
+        let answer = ask(session, Cns::NAMESPACE, nsid)?.map_err(refused)?;
+        let namespace = IdentifyNamespace::read_from_bytes(&answer.data).unwrap_or_default();
+        namespaces.push((nsid, Box::new(namespace)));
+    }
+    Ok(Listed { device, id: Box::new(id), namespaces, mover: None })
+}
+
+/// Bytes of a namespace; 0 when its format is unused.
+fn bytes(id: &IdentifyNamespace) -> u64 {
+    id.nsze.saturating_mul(u64::from(id.block_bytes().unwrap_or(0)))
+}
+
+fn kind(namespace: &config::Namespace) -> &'static str {
+    match namespace.backing {
+        BackingKind::Memory => "memory",
+        BackingKind::File => "file",
+    }
+}
+
+/// The namespace of the configuration.
+fn configured(subsystem: &config::Subsystem, nsid: u32) -> Option<&config::Namespace> {
+    subsystem.namespaces.iter().find(|namespace| *namespace.nsid.get_ref() == nsid)
+}
+
+impl Listed<'_> {
+    /// Whether the controller takes part in host managed live migration, in words.
+    fn migration(&self) -> String {
+        match (&self.mover, self.id.oacs.hmlms()) {
+            (Some(mover), _) => format!("can be moved by {mover}"),
+            (None, false) => "no".into(),
+            (None, true) => {
+                let tracks = [(self.id.trattr.tudcs(), "user data"), (self.id.trattr.thmcs(), "host memory")];
+                let tracks: Vec<_> = tracks.iter().filter(|(can, _)| *can).map(|(_, what)| *what).collect();
+                let tracks = if tracks.is_empty() { "nothing".into() } else { tracks.join(", ") };
+                format!("moves others (HMLMS); tracks {tracks}")
+            }
+        }
+    }
+
+    fn to_json(&self, config: &Config) -> Value {
+        let namespaces: Vec<_> = self.namespaces.iter().map(|(nsid, id)| self.namespace_json(config, *nsid, id)).collect();
+        json!({
+            "device": self.device.name(),
+            "subsystem": self.device.subsystem.name.get_ref(),
+            "cntlid": self.id.cntlid,
+            "role": self.device.role(),
+            "nqn": self.id.subsystem_nqn(),
+            "model": self.id.model(),
+            "serial": self.id.serial(),
+            "firmware": self.id.firmware(),
+            "namespaces": namespaces,
+            "live_migration": {
+                "hmlms": self.id.oacs.hmlms(),
+                "tracks_user_data": self.id.trattr.tudcs(),
+                "tracks_host_memory": self.id.trattr.thmcs(),
+                "moved_by": self.mover,
+            },
+        })
+    }
+
+    fn namespace_json(&self, config: &Config, nsid: u32, id: &IdentifyNamespace) -> Value {
+        let namespace = configured(self.device.subsystem, nsid);
+        json!({
+            "nsid": nsid,
+            "blocks": id.nsze,
+            "block_bytes": id.block_bytes(),
+            "bytes": bytes(id),
+            "nguid": hex(&id.nguid),
+            "backing": namespace.map(kind),
+            "path": namespace.and_then(|n| file_of(config, n)),
+            "missing": namespace.map(|n| is_missing(config, n)),
+        })
+    }
+}
+
+/// Aligns a table's columns; the last one is as long as it is.
+fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max().unwrap_or(0);
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let line: Vec<_> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        text.push_str(line.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+    cells.map(str::to_owned).to_vec()
+}
+
+fn text(config: &Config, listed: &[Listed<'_>]) -> String {
+    let mut rows = vec![row(["DEVICE", "ROLE", "MODEL", "SERIAL", "NSIDS", "LIVE MIGRATION"])];
+    for one in listed {
+        let nsids: Vec<_> = one.namespaces.iter().map(|(nsid, _)| nsid.to_string()).collect();
+        let nsids = if nsids.is_empty() { "none".into() } else { nsids.join(" ") };
+        let (model, serial) = (one.id.model().unwrap_or("(not ASCII)"), one.id.serial().unwrap_or("(not ASCII)"));
+        rows.push(row([&one.device.name(), one.device.role(), model, serial, &nsids, &one.migration()]));
+    }
+    let mut text = table(&rows);
+    let mut rows = vec![row(["SUBSYSTEM", "NSID", "SIZE", "BLOCK", "NGUID", "BACKING"])];
+    for subsystem in &config.file.subsystems {
+        for namespace in &subsystem.namespaces {
+            let seen = listed.iter().filter(|one| std::ptr::eq(one.device.subsystem, subsystem));
+            let nsid = *namespace.nsid.get_ref();
+            let id = seen.flat_map(|one| &one.namespaces).find(|(found, _)| *found == nsid).map(|(_, id)| id);
+            rows.push(namespace_row(config, subsystem, namespace, id.map(Box::as_ref)));
+        }
+    }
+    text.push('\n');
+    text.push_str(&table(&rows));
+    text
+}
+
+fn namespace_row(
+    config: &Config,
+    subsystem: &config::Subsystem,
+    namespace: &config::Namespace,
+    id: Option<&IdentifyNamespace>,
+) -> Vec<String> {
+    let nguid = id.map(|id| id.nguid).or_else(|| nguid_bytes(namespace.nguid.get_ref())).unwrap_or_default();
+    let size = id.map_or_else(|| "not attached".into(), |id| Size(bytes(id)).to_string());
+    let mut backing = kind(namespace).to_owned();
+    if let Some(path) = file_of(config, namespace) {
+        let missing = if is_missing(config, namespace) { " (missing)" } else { "" };
+        backing = format!("{backing} {}{missing}", path.display());
+    }
+    let nsid = namespace.nsid.get_ref().to_string();
+    let block = namespace.block.get_ref().to_string();
+    row([subsystem.name.get_ref(), &nsid, &size, &block, &hex(&nguid), &backing])
+}

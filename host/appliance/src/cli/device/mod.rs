@@ -1,0 +1,110 @@
+//! `dray device list` and `dray device identify`: the configuration's controllers, brought up in this process and asked by our
+//! own driver what they are.
+//!
+//! Looking changes nothing: the file of a namespace that is not there yet is not made; such a namespace has its size and no
+//! blocks ([`absent`]).
+
+mod absent;
+mod controller;
+mod feature;
+mod identify;
+mod list;
+mod log;
+mod namespace;
+mod page;
+mod registers;
+mod session;
+
+pub(super) use identify::run as identify;
+pub(super) use list::run as list;
+
+use crate::assembly::{self, Machine};
+use crate::config::{self, BackingKind, Config, Role};
+use absent::AbsentBacking;
+use dray_device::backing::Backing;
+use dray_device::slot::Slot;
+use dray_device::space::AddressSpace;
+use miette::{IntoDiagnostic, miette};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// A controller of the configuration.
+#[derive(Clone, Copy, Debug)]
+struct Device<'a> {
+    subsystem: &'a config::Subsystem,
+    controller: &'a config::Controller,
+}
+
+impl Device<'_> {
+    /// SUBSYSTEM:CNTLID.
+    fn name(&self) -> String {
+        format!("{}:{}", self.subsystem.name.get_ref(), self.cntlid())
+    }
+
+    fn cntlid(&self) -> u16 {
+        *self.controller.cntlid.get_ref()
+    }
+
+    fn role(&self) -> &'static str {
+        match self.controller.role {
+            Role::Management => "management",
+            Role::Migratable => "migratable",
+        }
+    }
+
+    /// The slot that the controller is reached through; one of its own for a migratable controller.
+    fn slot(&self, machine: &Machine) -> miette::Result<Slot> {
+        let (management, slot) = &machine.management;
+        if *management == self.cntlid() {
+            return Ok(slot.clone());
+        }
+        let migratable = machine.migratable.iter().find(|m| m.cntlid == self.cntlid());
+        let migratable = migratable.ok_or_else(|| miette!("{}: the subsystem has no such controller", self.name()))?;
+        let slot = Slot::new(AddressSpace::default(), migratable.io_queues.saturating_add(1)).into_diagnostic()?;
+        slot.point_at(&migratable.plug);
+        Ok(slot)
+    }
+}
+
+/// All controllers, in the order of the configuration.
+fn devices(config: &Config) -> impl Iterator<Item = Device<'_>> {
+    config.file.subsystems.iter().flat_map(|subsystem| {
+        subsystem.controllers.iter().map(move |controller| Device { subsystem, controller })
+    })
+}
+
+/// The file of a file-backed namespace, as people write it.
+fn file_of(config: &Config, namespace: &config::Namespace) -> Option<PathBuf> {
+    let path = assembly::file_of(config, namespace)?;
+    Some(path.strip_prefix(".").map(Path::to_path_buf).unwrap_or(path))
+}
+
+/// Whether the file of a file-backed namespace is not there.
+fn is_missing(config: &Config, namespace: &config::Namespace) -> bool {
+    namespace.backing == BackingKind::File && assembly::file_of(config, namespace).is_some_and(|path| !path.exists())
+}
+
+/// Brings a subsystem up without making files.
+fn start(config: &Config, subsystem: &config::Subsystem) -> miette::Result<Machine> {
+    let machine = assembly::machine_with(subsystem, &mut |namespace| {
+        if !is_missing(config, namespace) {
+            return assembly::backing(config, namespace);
+        }
+        let bytes = namespace.size.as_ref().map_or(0, |size| size.get_ref().0);
+        let block = u32::try_from(namespace.block.get_ref().0).map_err(|_| "a block that is too large".to_owned())?;
+        Ok(Box::new(AbsentBacking::new(bytes, block)) as Box<dyn Backing>)
+    })?;
+    Ok(machine)
+}
+
+/// Prints text; a reader that has seen enough is no error.
+fn print(text: &str) -> miette::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).into_diagnostic(),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,95 @@
+//! One controller, driven by our driver on this thread for as long as someone looks at it.
+
+use crate::core::clock::Clock;
+use dray_controller::Subsystem;
+use dray_device::command::SubmitError;
+use dray_device::poll::{Poll, Time};
+use dray_device::slot::Slot;
+use dray_driver::{AdminData, Driver, DriverConfig, DriverState};
+use dray_nvme::command::SubmissionEntry;
+use dray_nvme::status::Status;
+use miette::miette;
+
+/// How long anything may take: a controller in the same process answers in microseconds.
+const PATIENCE_MS: u64 = 5_000;
+
+/// A driver that is ready, and the subsystem behind it.
+pub(super) struct Session<'a> {
+    subsystem: &'a mut Subsystem,
+    driver: Driver,
+    clock: Clock,
+    name: String,
+}
+
+/// What a controller answered.
+#[derive(Clone, Debug)]
+pub(super) struct Answer {
+    /// DW0 of the completion.
+    pub(super) result: u32,
+    /// What it returned; zeroes where it returned nothing.
+    pub(super) data: Vec<u8>,
+}
+
+impl<'a> Session<'a> {
+    /// Drives the controller behind `slot` until it is ready.
+    pub(super) fn open(name: &str, subsystem: &'a mut Subsystem, slot: &Slot) -> miette::Result<Self> {
+        let driver = Driver::new(slot.function(), DriverConfig::default()).map_err(|error| miette!("{name}: {error}"))?;
+        let mut session = Self { subsystem, driver, clock: Clock::new(), name: name.into() };
+        session.until("becoming ready", |driver, _| driver.is_ready().then_some(()))?;
+        Ok(session)
+    }
+
+    /// The driver.
+    pub(super) fn driver(&self) -> &Driver {
+        &self.driver
+    }
+
+    /// The controller's name, SUBSYSTEM:CNTLID.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Polls both sides in turn until `step` has something.
+    fn until<T>(&mut self, what: &str, mut step: impl FnMut(&mut Driver, Time) -> Option<T>) -> miette::Result<T> {
+        let deadline = self.clock.now().after_ms(PATIENCE_MS);
+        loop {
+            let now = self.clock.now();
+            let _both_are_polled_again = self.subsystem.poll(now).and(self.driver.poll(now));
+            if let Some(found) = step(&mut self.driver, now) {
+                return Ok(found);
+            }
+            if let DriverState::Failed(error) = self.driver.state() {
+                return Err(miette!("{}: {error}", self.name));
+            }
+            if now >= deadline {
+                return Err(miette!("{}: {what} took longer than {PATIENCE_MS} ms", self.name));
+            }
+        }
+    }
+
+    /// Sends an admin command that returns up to `bytes` bytes. The inner error is the controller's: it does not give that.
+    pub(super) fn ask(&mut self, what: &str, entry: &SubmissionEntry, bytes: usize) -> miette::Result<Result<Answer, Status>> {
+        let bytes = bytes.min(self.driver.admin_limit());
+        let ticket = self.until(what, |driver, now| match driver.request(now, entry, AdminData::In(bytes)) {
+            Err(SubmitError::Full) => None,
+            other => Some(other),
+        })?;
+        let ticket = ticket.map_err(|error| miette!("{}: {what}: {error}", self.name))?;
+        let mut answer = self.until(what, |driver, _| driver.answer(ticket))?;
+        if answer.completion.unknown {
+            return Err(miette!("{}: {what}: the controller was reset", self.name));
+        }
+        if answer.completion.status.is_error() {
+            return Ok(Err(answer.completion.status));
+        }
+        answer.data.resize(bytes, 0);
+        Ok(Ok(Answer { result: answer.completion.result as u32, data: answer.data }))
+    }
+
+    /// Shuts the controller down.
+    pub(super) fn close(mut self) -> miette::Result<()> {
+        let now = self.clock.now();
+        self.driver.shutdown(now);
+        self.until("shutting down", |driver, _| (*driver.state() == DriverState::Stopped).then_some(()))
+    }
+}

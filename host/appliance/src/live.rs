@@ -1,0 +1,510 @@
+//! A migration with a guest, on threads: what the demo and the benchmark run.
+//!
+//! One polling core has both subsystems and the migration, another the guest. The caller's thread only looks and decides when
+//! the next act begins: the guest settles, the migration runs, the guest goes on at the destination and resets its controller
+//! once, everything stops.
+
+use crate::assembly::{Machine, pages};
+use crate::config::{Config, MediaError, Trust};
+use crate::core::clock::{Clock, unix_seconds};
+use crate::core::jobs::Worker;
+use crate::core::reactor::{CoreDied, Part, Reactor};
+use crate::core::records::{FileMedium, RecordJournal, RecordStore};
+use crate::policies::Seats;
+use dray_controller::Subsystem;
+use dray_device::poll::{Poll, Progress, Time};
+use dray_device::slot::{Fence, Plug, Slot, SlotError};
+use dray_device::space::AddressSpace;
+use dray_driver::{Driver, DriverConfig, DriverError, DriverState, QueuePair, QueuePairConfig};
+use dray_migration::copy::CopySetupError;
+use dray_migration::{
+    CopyConfig, DriverMmc, FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Ingredients, Limits, LocalDestination,
+    LocalFeatures, Migration, MigrationConfig, OnMediaError, Outcome, PolicySettings, Policies, ProgressView, Report,
+};
+use dray_workload::guest::{Guest, GuestConfig, GuestError, GuestHandle, GuestSampler, GuestStage, Phase};
+use dray_workload::ledger::Ledger;
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// How often the caller looks.
+const LOOK: Duration = Duration::from_millis(50);
+/// How often the migration publishes its progress.
+const PUBLISH_NS: u64 = 20_000_000;
+/// How long a guest may take to come up, or to stop.
+const GUEST_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a management controller may take to come up.
+const MMC_PATIENCE_US: u64 = 10_000_000;
+/// Entries of the I/O queues that the media is copied through.
+const COPY_QUEUE: u16 = 128;
+
+/// What is run.
+pub struct LiveSpec<'a> {
+    /// The configuration: policies' settings, limits, where records are kept.
+    pub config: &'a Config,
+    /// The guest.
+    pub guest: GuestConfig,
+    /// What it writes, and where it keeps account.
+    pub ledger: Arc<Ledger>,
+    /// How long the guest runs before the migration, and again after it.
+    pub settle: Duration,
+    /// Whether the guest resets its controller at the destination.
+    pub reset: bool,
+    /// Most bytes per second of the copy, whatever the policy says; 0 = no limit.
+    pub max_bytes_per_s: u64,
+    /// Seed of the policies.
+    pub seed: u64,
+    /// The processors that the polling core and the guest are pinned to.
+    pub pin: Option<(usize, usize)>,
+    /// Set from outside to cancel.
+    pub cancel: Arc<AtomicBool>,
+}
+
+/// What the caller sees while it runs.
+#[derive(Clone, Debug)]
+pub struct LiveView {
+    /// Which act is on.
+    pub act: Act,
+    /// The migration's progress, from the second act on.
+    pub migration: ProgressView,
+    /// The guest's counters.
+    pub guest: dray_workload::guest::Counters,
+    /// The guest's figures since the last look.
+    pub sample: dray_workload::guest::GuestSample,
+    /// Since the run began.
+    pub elapsed: Duration,
+}
+
+/// The acts of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// The guest comes up and settles.
+    Settling,
+    /// The migration runs.
+    Migrating,
+    /// The guest goes on.
+    After,
+    /// Everything stops.
+    Stopping,
+}
+
+/// What a run gave.
+pub struct LiveReport {
+    /// The migration's report.
+    pub migration: Report,
+    /// The guest's side.
+    pub guest: GuestHandle,
+    /// Time of the guest spent in each phase, and all else that it counts, is in `guest`; this is why it was no good, if so.
+    pub guest_error: Option<String>,
+    /// The guest found the same identity after its reset (true without a reset).
+    pub same_identity: bool,
+}
+
+/// Why a run could not be.
+#[derive(Debug, thiserror::Error, miette::Diagnostic)]
+pub enum LiveError {
+    /// A slot.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    /// A driver.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// The guest.
+    #[error("the guest: {0}")]
+    Guest(#[from] GuestError),
+    /// The migration's set-up.
+    #[error("the migration cannot be set up: {0}")]
+    Migration(#[from] CopySetupError),
+    /// A record store, or a thread.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was done.
+        what: String,
+        /// What happened.
+        source: std::io::Error,
+    },
+    /// A core died.
+    #[error(transparent)]
+    Died(#[from] CoreDied),
+    /// The migration set is empty or the two sides do not fit.
+    #[error("{0}")]
+    Set(String),
+}
+
+fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> LiveError {
+    let what = what.into();
+    move |source| LiveError::Io { what, source }
+}
+
+/// What the polling core and the caller share.
+#[derive(Default)]
+struct Board {
+    start: Mutex<Option<Box<Migration>>>,
+    has_start: AtomicBool,
+    cancel: AtomicBool,
+    ended: AtomicBool,
+    view: Mutex<ProgressView>,
+}
+
+/// The polling core's part.
+struct CorePart {
+    source: Subsystem,
+    destination: Subsystem,
+    migration: Option<Box<Migration>>,
+    board: Arc<Board>,
+    published: Time,
+    pin: Option<usize>,
+}
+
+impl CorePart {
+    fn poll_migration(&mut self, now: Time) -> Progress {
+        if self.migration.is_none() && self.board.has_start.swap(false, Ordering::AcqRel) {
+            self.migration = self.board.start.lock().unwrap_or_else(PoisonError::into_inner).take();
+        }
+        let Some(migration) = &mut self.migration else { return Progress::IDLE };
+        if self.board.cancel.load(Ordering::Relaxed) {
+            migration.cancel();
+        }
+        let progress = migration.poll(now);
+        if now.ns_since(self.published) >= PUBLISH_NS || *migration.outcome() != Outcome::Running {
+            self.published = now;
+            *self.board.view.lock().unwrap_or_else(PoisonError::into_inner) = migration.progress(now);
+            self.board.ended.store(*migration.outcome() != Outcome::Running, Ordering::Release);
+        }
+        progress
+    }
+}
+
+impl Poll for CorePart {
+    fn poll(&mut self, now: Time) -> Progress {
+        if let Some(cpu) = self.pin.take() {
+            pin_to(cpu);
+        }
+        let subsystems = self.source.poll(now).and(self.destination.poll(now));
+        subsystems.and(self.poll_migration(now))
+    }
+
+    fn wakers(&self, visit: &mut dyn FnMut(BorrowedFd<'_>)) {
+        self.source.wakers(visit);
+        self.destination.wakers(visit);
+    }
+}
+
+impl Part for CorePart {}
+
+struct GuestPart {
+    guest: Guest,
+    handle: GuestHandle,
+    pin: Option<usize>,
+}
+
+impl Poll for GuestPart {
+    fn poll(&mut self, now: Time) -> Progress {
+        if let Some(cpu) = self.pin.take() {
+            pin_to(cpu);
+        }
+        self.guest.poll(now)
+    }
+}
+
+impl Part for GuestPart {
+    fn is_finished(&self) -> bool {
+        self.handle.is_over()
+    }
+}
+
+/// Pins the calling thread; where that is not allowed it runs unpinned.
+pub fn pin_to(cpu: usize) {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    let _unpinned = rustix::thread::sched_setaffinity(None, &set);
+}
+
+/// The guest's slot, pointed from one plug to the other.
+struct SwitchedSlot {
+    slot: Slot,
+    source: Plug,
+    destination: Plug,
+    guest: GuestHandle,
+}
+
+impl GuestSlot for SwitchedSlot {
+    fn point_at_destination(&mut self, _cntlid: u16) {
+        // The source is suspended: whatever the guest has outstanding now may end at the destination.
+        self.guest.mark_suspend();
+        self.slot.point_at(&self.destination);
+    }
+
+    fn point_at_source(&mut self, _cntlid: u16) {
+        self.slot.point_at(&self.source);
+        self.guest.clear_marks();
+    }
+}
+
+struct Fences(Vec<Fence>);
+
+impl FenceControl for Fences {
+    fn raise(&mut self) {
+        self.0.iter().for_each(Fence::raise);
+    }
+
+    fn lower(&mut self) {
+        self.0.iter().for_each(Fence::lower);
+    }
+}
+
+/// The guest's own figures; a hypervisor's would come from its controller.
+struct Figures(GuestSampler);
+
+impl GuestView for Figures {
+    fn sample(&mut self) -> GuestSample {
+        let sample = self.0.sample();
+        GuestSample { p50_us: sample.p50_us, p99_us: sample.p99_us, p99_before_us: sample.p99_before_us, iops: sample.iops }
+    }
+}
+
+/// Runs a guest and a migration to their end.
+///
+/// # Errors
+/// [`LiveError`] when it could not be set up or a thread died; a migration that was undone is a [`LiveReport`].
+pub fn run(
+    spec: &LiveSpec<'_>,
+    source: Machine,
+    destination: Machine,
+    seats: Seats,
+    look: &mut dyn FnMut(&LiveView),
+) -> Result<LiveReport, LiveError> {
+    let clock = Clock::new();
+    let worker = Worker::start().map_err(io("the job worker"))?;
+    let (from, to) = match (source.migratable.as_slice(), destination.migratable.as_slice()) {
+        ([from], [to]) => (from, to),
+        _ => return Err(LiveError::Set("the demo moves one migratable controller at each side".into())),
+    };
+    let ids = (from.cntlid, to.cntlid);
+    let slot = Slot::new(AddressSpace::default(), from.io_queues.saturating_add(1))?;
+    slot.point_at(&from.plug);
+    let driver = Driver::new(slot.function(), DriverConfig { pages: pages(spec.config), ..DriverConfig::default() })?;
+    let (guest, handle) = Guest::new(driver, spec.guest.clone(), Arc::clone(&spec.ledger))?;
+    let switched =
+        SwitchedSlot { slot, source: from.plug.clone(), destination: to.plug.clone(), guest: handle.clone() };
+    let fences = Fences(vec![from.fence.clone()]);
+    let journal = journal(spec.config, &worker)?;
+    let mmcs = [mmc_driver(spec.config, &source)?, mmc_driver(spec.config, &destination)?];
+
+    let board = Arc::new(Board::default());
+    let idle = spec.config.file.core.idle;
+    let (core_cpu, guest_cpu) = spec.pin.unzip();
+    let core = CorePart {
+        source: source.subsystem,
+        destination: destination.subsystem,
+        migration: None,
+        board: Arc::clone(&board),
+        published: Time(0),
+        pin: core_cpu,
+    };
+    let core = Reactor::start("dray-core", clock, idle, core).map_err(io("the polling core"))?;
+    let part = GuestPart { guest, handle: handle.clone(), pin: guest_cpu };
+    let guest = Reactor::start("dray-guest", clock, idle, part).map_err(io("the guest's core"))?;
+
+    let mut play = Play { spec, clock, board, handle: handle.clone(), sampler: handle.sampler(), look };
+    play.settle(Act::Settling)?;
+    let hooks = Hooks {
+        slot: Box::new(switched),
+        journal: Box::new(journal),
+        fence: Box::new(fences),
+        guest: Box::new(Figures(handle.sampler())),
+    };
+    let [from, to] = mmcs;
+    let (from, to) = (ready(from, clock)?, ready(to, clock)?);
+    let oncs = to.0.identify().map(|identify| identify.oncs).unwrap_or_default();
+    let features = LocalFeatures { compare: oncs.compare(), write_uncorrectable: oncs.write_uncorrectable(), reads_zero: false };
+    let (source_space, destination_space) = (from.0.space().clone(), to.0.space().clone());
+    let with = Ingredients {
+        source: Box::new(DriverMmc::new(from.0, COPY_QUEUE)),
+        source_queue: Box::new(from.1),
+        source_space,
+        destination: Box::new(DriverMmc::new(to.0, COPY_QUEUE)),
+        media: Box::new(LocalDestination::new(Box::new(to.1), destination_space, features)),
+        policies: Policies { cdq: vec![seats.cdq], tracking: seats.tracking, copy: seats.copy },
+        hooks,
+    };
+    play.migrate(Box::new(Migration::new(migration_config(spec, ids), with, clock.now())?));
+    let same_identity = play.afterwards()?;
+    handle.stop();
+    play.until(Act::Stopping, GUEST_PATIENCE, |handle, _| handle.is_over());
+    drop(guest.stop()?);
+    let part = core.stop()?;
+    let report = part.migration.map(|migration| migration.report().clone()).unwrap_or_default();
+    let guest_error = handle.first_error();
+    Ok(LiveReport { migration: report, guest: handle, guest_error, same_identity })
+}
+
+fn mmc_driver(config: &Config, machine: &Machine) -> Result<Driver, DriverError> {
+    Driver::new(machine.management.1.function(), DriverConfig { pages: pages(config), ..DriverConfig::default() })
+}
+
+/// Brings a management controller up and gives it an I/O queue. The polling core runs already.
+fn ready(mut driver: Driver, clock: Clock) -> Result<(Driver, QueuePair), LiveError> {
+    let end = clock.now().after_us(MMC_PATIENCE_US);
+    let late = || LiveError::Set("a management controller did not come up in time".into());
+    let mut ticket = None;
+    loop {
+        let now = clock.now();
+        if now >= end {
+            return Err(late());
+        }
+        let _progress = driver.poll(now);
+        if let DriverState::Failed(error) = driver.state() {
+            return Err(LiveError::Set(format!("a management controller did not come up: {error}")));
+        }
+        if !driver.is_ready() {
+            continue;
+        }
+        let Some(ticket) = &ticket else {
+            let config = QueuePairConfig { entries: COPY_QUEUE, vector: None };
+            ticket = driver.create_queue_pair(now, config).ok();
+            continue;
+        };
+        if let Some(pair) = driver.queue_pair(ticket) {
+            return Ok((driver, pair?));
+        }
+    }
+}
+
+fn journal(config: &Config, worker: &Worker) -> Result<RecordJournal<FileMedium>, LiveError> {
+    let folder = config.path(&config.file.core.state).join("records");
+    let from = config.subsystem(config.file.migration.from.get_ref());
+    let mut stores = Vec::new();
+    for namespace in from.iter().flat_map(|s| &s.namespaces) {
+        let nguid = crate::config::nguid_bytes(namespace.nguid.get_ref()).unwrap_or_default();
+        let medium = FileMedium::open(&folder, &nguid).map_err(io(folder.display().to_string()))?;
+        stores.push(RecordStore::open(medium, nguid).map_err(io(folder.display().to_string()))?);
+    }
+    let jobs = worker.jobs().ok_or_else(|| LiveError::Set("the job worker has ended".into()))?;
+    Ok(RecordJournal::new(stores, Box::new(jobs)))
+}
+
+fn migration_config(spec: &LiveSpec<'_>, controllers: (u16, u16)) -> MigrationConfig {
+    let file = &spec.config.file;
+    let settings = |policy: &crate::config::Policy| policy.settings.clone().into_iter().collect();
+    let micros = |span: crate::config::units::Span| span.0.as_micros();
+    MigrationConfig {
+        id: u64::try_from(unix_seconds()).unwrap_or(1),
+        seed: spec.seed,
+        namespaces: vec![(spec.guest.nsid, spec.guest.nsid)],
+        controllers: vec![controllers],
+        cdq_slots: file.migration.cdq_slots,
+        copy: CopyConfig {
+            on_media_error: match file.migration.media_error {
+                MediaError::Fail => OnMediaError::Fail,
+                MediaError::Mark => OnMediaError::Mark,
+            },
+            ..CopyConfig::default()
+        },
+        max_bytes_per_s: spec.max_bytes_per_s,
+        limits: Limits {
+            max_rounds: file.migration.max_rounds,
+            max_time_ms: u64::try_from(micros(file.migration.max_time) / 1000).unwrap_or(u64::MAX),
+            downtime_budget_us: u32::try_from(micros(file.migration.downtime)).unwrap_or(u32::MAX),
+            ..Limits::default()
+        },
+        may_throttle: file.migration.throttle_guest,
+        trust_drive: file.migration.trust == Trust::Drive,
+        unix_s: unix_seconds(),
+        settings: PolicySettings {
+            cdq: settings(&file.policy.cdq),
+            tracking: settings(&file.policy.tracking),
+            copy: settings(&file.policy.copy),
+        },
+        ..MigrationConfig::default()
+    }
+}
+
+/// The caller's side of a run.
+struct Play<'a, 'b> {
+    spec: &'a LiveSpec<'a>,
+    clock: Clock,
+    board: Arc<Board>,
+    handle: GuestHandle,
+    sampler: GuestSampler,
+    look: &'b mut dyn FnMut(&LiveView),
+}
+
+impl Play<'_, '_> {
+    /// Looks until `done` says so or the time is over; says whether it was done.
+    fn until(&mut self, act: Act, at_most: Duration, done: impl Fn(&GuestHandle, &Board) -> bool) -> bool {
+        let end = self.clock.now().after_us(u64::try_from(at_most.as_micros()).unwrap_or(u64::MAX));
+        loop {
+            if done(&self.handle, &self.board) {
+                return true;
+            }
+            let now = self.clock.now();
+            if now >= end {
+                return false;
+            }
+            let migration = *self.board.view.lock().unwrap_or_else(PoisonError::into_inner);
+            let (guest, sample) = (self.handle.counters(), self.sampler.sample());
+            (self.look)(&LiveView { act, migration, guest, sample, elapsed: Duration::from_nanos(now.0) });
+            std::thread::sleep(LOOK.min(Duration::from_nanos(end.ns_since(now))));
+        }
+    }
+
+    fn settle(&mut self, act: Act) -> Result<(), LiveError> {
+        let up = self.until(act, GUEST_PATIENCE, |handle, _| {
+            !matches!(handle.stage(), GuestStage::Starting | GuestStage::Identifying)
+        });
+        if !up || self.handle.stage() != GuestStage::Running {
+            let why = self.handle.first_error().unwrap_or_else(|| "it did not come up in time".into());
+            return Err(LiveError::Set(format!("the guest: {why}")));
+        }
+        let cancel = Arc::clone(&self.spec.cancel);
+        self.until(act, self.spec.settle, move |handle, _| handle.is_over() || cancel.load(Ordering::Relaxed));
+        Ok(())
+    }
+
+    fn migrate(&mut self, migration: Box<Migration>) {
+        self.handle.set_phase(Phase::During);
+        *self.board.start.lock().unwrap_or_else(PoisonError::into_inner) = Some(migration);
+        self.board.has_start.store(true, Ordering::Release);
+        let cancel = Arc::clone(&self.spec.cancel);
+        self.until(Act::Migrating, Duration::MAX, move |_, board| {
+            if cancel.load(Ordering::Relaxed) {
+                board.cancel.store(true, Ordering::Relaxed);
+            }
+            board.ended.load(Ordering::Acquire)
+        });
+        self.handle.mark_resume();
+        self.handle.set_phase(Phase::After);
+    }
+
+    /// The guest goes on for a while; then it resets its controller. Says whether it found the same identity.
+    fn afterwards(&mut self) -> Result<bool, LiveError> {
+        let over = |handle: &GuestHandle, _: &Board| handle.is_over();
+        self.until(Act::After, self.spec.settle, over);
+        if !self.spec.reset || self.handle.is_over() {
+            return Ok(!self.handle.is_over());
+        }
+        let resets = self.handle.counters().resets;
+        self.handle.request_reset();
+        let done = self.until(Act::After, GUEST_PATIENCE, |handle, _| {
+            handle.is_over() || (handle.counters().resets > resets && handle.stage() == GuestStage::Running)
+        });
+        self.until(Act::After, self.spec.settle / 4, over);
+        let counters = self.handle.counters();
+        Ok(done && !self.handle.is_over() && counters.resets > resets && counters.identity_changes == 0)
+    }
+}
+
+/// Whether the migration moved the namespace.
+#[must_use]
+pub fn moved(report: &Report) -> bool {
+    report.outcome == Outcome::Moved
+}
+
+/// Where the files of a run are kept.
+#[must_use]
+pub fn ledger_path(config: &Config) -> PathBuf {
+    config.path(&config.file.core.state).join("guest.ledger")
+}

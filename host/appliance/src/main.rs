@@ -1,0 +1,5 @@
+//! `dray`: the appliance and its command line.
+
+fn main() -> std::process::ExitCode {
+    dray::cli::main()
+}

@@ -1,0 +1,119 @@
+//! Policies of the configuration: found, pinned, loaded, guarded, and seated beside the polling core or on it.
+
+use crate::config::{Config, Policy, PolicyPlace};
+use crate::core::clock::Clock;
+use crate::core::seat::BesideSeat;
+use crate::core::ticker::{TICK, TickerThread};
+use dray_policy::guard::{Guard, Limits as GuardLimits};
+use dray_policy::native::{Native, NativeFactory};
+use dray_policy::role::{Cdq, Copy, Tracking};
+use dray_policy::seam::{Factory, Seat};
+use dray_sandbox::{Budget, Limits, LoadError, Pin, Sandbox, SandboxConfig, SandboxRole};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Opening an instance may take longer than a call.
+const OPEN_TIME: Duration = Duration::from_secs(1);
+
+/// Why policies could not be seated.
+#[derive(Debug, thiserror::Error, miette::Diagnostic)]
+pub enum PolicyError {
+    /// A component was refused.
+    #[error("the component of policy.{role} is refused: {}: {source}", path.display())]
+    Refused {
+        /// The role's name.
+        role: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: LoadError,
+    },
+    /// No sandbox could be set up.
+    #[error("cannot set up the sandbox: {0}")]
+    Sandbox(#[from] LoadError),
+    /// No thread could be started.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// The three seats, and what keeps their policies going.
+pub struct Seats {
+    /// Who drains the queue.
+    pub cdq: Box<dyn Seat<Cdq>>,
+    /// Who plans the rounds.
+    pub tracking: Box<dyn Seat<Tracking>>,
+    /// Who orders the copy.
+    pub copy: Box<dyn Seat<Copy>>,
+}
+
+/// What sandboxed policies of one configuration share. Lives as long as the seats are asked.
+#[derive(Debug)]
+pub struct PolicyHost {
+    _tickers: Vec<TickerThread>,
+}
+
+/// Sandbox with the budget and memory limit of one policy.
+///
+/// # Errors
+/// [`LoadError`].
+pub fn sandbox(policy: &Policy, cache: Option<PathBuf>) -> Result<Sandbox, LoadError> {
+    let ticks = |time: Duration| u64::try_from(time.as_micros().div_ceil(TICK.as_micros())).unwrap_or(u64::MAX) + 1;
+    Sandbox::new(&SandboxConfig {
+        budget: Budget::Time { call_ticks: ticks(policy.budget.0), open_ticks: ticks(OPEN_TIME) },
+        limits: Limits { memory_bytes: usize::try_from(policy.memory.0).unwrap_or(usize::MAX), instances: 4, ..Limits::default() },
+        cache,
+    })
+}
+
+/// Loads the configuration's policies and seats them.
+///
+/// # Errors
+/// [`PolicyError`]: a component that is refused is never replaced in silence.
+pub fn seat(config: &Config, clock: Clock) -> Result<(Seats, PolicyHost), PolicyError> {
+    let mut tickers = Vec::new();
+    let policy = &config.file.policy;
+    let seats = Seats {
+        cdq: one::<Cdq>(config, &policy.cdq, clock, &mut tickers)?,
+        tracking: one::<Tracking>(config, &policy.tracking, clock, &mut tickers)?,
+        copy: one::<Copy>(config, &policy.copy, clock, &mut tickers)?,
+    };
+    Ok((seats, PolicyHost { _tickers: tickers }))
+}
+
+/// The factory of one policy: a component, checked and compiled, or the native one.
+///
+/// # Errors
+/// [`PolicyError`].
+pub fn factory<R: SandboxRole + Native>(
+    config: &Config,
+    policy: &Policy,
+    tickers: &mut Vec<TickerThread>,
+) -> Result<Box<dyn Factory<R>>, PolicyError> {
+    let component = policy.component.get_ref();
+    if component == Path::new("native") {
+        return Ok(Box::new(NativeFactory::<R>::new()));
+    }
+    let path = config.path(component);
+    let refused = |source| PolicyError::Refused { role: R::NAME, path: path.clone(), source };
+    let pin = Pin::find(policy.sha256.as_ref().map(|s| s.get_ref().as_str()), &path).map_err(refused)?;
+    let cache = config.path(&config.file.core.state).join("compiled");
+    let sandbox = sandbox(policy, Some(cache))?;
+    let component = sandbox.load::<R>(&path, &pin).map_err(refused)?;
+    tickers.push(TickerThread::start(&sandbox)?);
+    Ok(Box::new(component.factory()))
+}
+
+fn one<R: SandboxRole + Native>(
+    config: &Config,
+    policy: &Policy,
+    clock: Clock,
+    tickers: &mut Vec<TickerThread>,
+) -> Result<Box<dyn Seat<R>>, PolicyError> {
+    let factory = factory::<R>(config, policy, tickers)?;
+    let limits = GuardLimits { max_faults: policy.max_faults.into(), ..GuardLimits::default() };
+    let guard = Box::new(Guard::new(factory, Box::new(NativeFactory::<R>::new()), Box::new(clock), limits));
+    Ok(match config.file.core.policies {
+        PolicyPlace::On => guard,
+        PolicyPlace::Beside => Box::new(BesideSeat::start(guard)?),
+    })
+}

@@ -1,0 +1,202 @@
+//! Checking: whether the move can be made at all (rule 5, sizes, formats). Nothing has to be undone from here.
+
+use crate::calls::{Calls, Data};
+use crate::media::{Geometry, Media};
+use crate::mmc::{Answer, Health, Trust};
+use crate::open::Opening;
+use crate::parts::{Formats, Parts};
+use crate::reason::{Reason, Refusal};
+use crate::state::{State, Turn};
+use dray_device::poll::Time;
+use dray_nvme::command::SubmissionEntry;
+use dray_nvme::identify::{Cns, CommandSetId, ControllerStateFormats, IdentifyNamespace, controller_list};
+use dray_nvme::state::STATE_VERSION;
+use zerocopy::FromBytes;
+
+const PAGE_BYTES: usize = 4096;
+
+/// The checks of both sides.
+#[derive(Debug, Default)]
+pub(crate) struct Checking {
+    since: Option<Time>,
+    calls: Option<(Calls, Calls)>,
+}
+
+/// What one side said of the namespaces.
+struct Side {
+    name: &'static str,
+    namespaces: Vec<Box<IdentifyNamespace>>,
+    attached: Vec<Vec<u16>>,
+    formats: Vec<u8>,
+}
+
+impl Checking {
+    pub(crate) fn poll(&mut self, parts: &mut Parts, now: Time) -> Turn {
+        let since = *self.since.get_or_insert(now);
+        if self.calls.is_none() {
+            for (name, mmc) in [("source", &parts.source), ("destination", &parts.destination)] {
+                let late = now.us_since(since) / 1000 > parts.config.limits.undo_ms;
+                match mmc.health() {
+                    Health::Ready => {}
+                    Health::Starting if !late => return Turn::Stay,
+                    Health::Starting => return failed(name, "it does not become ready".to_owned()),
+                    Health::Failed(why) => return failed(name, why),
+                }
+            }
+            if parts.config.namespaces.is_empty() || parts.config.controllers.is_empty() {
+                return Turn::Back(Refusal::Empty.into());
+            }
+            let source = ask(parts.config.namespaces.iter().map(|pair| pair.0));
+            let destination = ask(parts.config.namespaces.iter().map(|pair| pair.1));
+            self.calls = Some((source, destination));
+        }
+        let Some((source, destination)) = &mut self.calls else { return Turn::Stay };
+        let there = source.poll(now, parts.source.as_mut());
+        if !(destination.poll(now, parts.destination.as_mut()) && there) {
+            return Turn::Stay;
+        }
+        match judge(source, destination, parts) {
+            Ok(()) => Turn::Next(State::Opening(Opening::default())),
+            Err(refusal) => Turn::Back(refusal.into()),
+        }
+    }
+}
+
+fn failed(side: &'static str, why: String) -> Turn {
+    Turn::Back(if side == "source" { Reason::Source(why) } else { Reason::Destination(why) })
+}
+
+/// Identify Namespace and the controllers attached to it, for each namespace; the formats of the controller state.
+fn ask(nsids: impl Iterator<Item = u32>) -> Calls {
+    let mut calls = Calls::default();
+    let csi = CommandSetId::NVM;
+    for nsid in nsids {
+        calls.push(SubmissionEntry::identify(Cns::NAMESPACE, nsid, 0, csi), Data::In(PAGE_BYTES));
+        calls.push(SubmissionEntry::identify(Cns::NAMESPACE_CONTROLLERS, nsid, 0, csi), Data::In(PAGE_BYTES));
+    }
+    calls.push(SubmissionEntry::identify(Cns::CONTROLLER_STATE_FORMATS, 0, 0, csi), Data::In(PAGE_BYTES));
+    calls
+}
+
+fn read(name: &'static str, calls: &Calls) -> Result<Side, Refusal> {
+    let mut side = Side { name, namespaces: Vec::new(), attached: Vec::new(), formats: Vec::new() };
+    let answers: Vec<&Answer> = calls.answers().collect();
+    let accept = |answer: &Answer, command| {
+        let bad = answer.unknown || answer.status.is_error();
+        if bad { Err(Refusal::Command { side: name, command, status: answer.status }) } else { Ok(()) }
+    };
+    let Some((formats, namespaces)) = answers.split_last() else { return Err(Refusal::Empty) };
+    for pair in namespaces.chunks_exact(2) {
+        accept(pair[0], "Identify Namespace")?;
+        accept(pair[1], "Identify (controllers attached to a namespace)")?;
+        let page = IdentifyNamespace::read_from_prefix(&pair[0].data)
+            .map_err(|_| Refusal::Controller { side: name, what: "answers Identify with too little data" })?;
+        side.namespaces.push(Box::new(page.0));
+        side.attached.push(controller_list(&pair[1].data).collect());
+    }
+    accept(formats, "Identify (controller state formats)")?;
+    side.formats.clone_from(&formats.data);
+    Ok(side)
+}
+
+fn judge(source: &Calls, destination: &Calls, parts: &mut Parts) -> Result<(), Refusal> {
+    let (source, destination) = (read("source", source)?, read("destination", destination)?);
+    roles(parts)?;
+    let mut geometries = Vec::new();
+    for (index, &(from, to)) in parts.config.namespaces.iter().enumerate() {
+        geometries.push(geometry(from, to, &source, &destination, index)?);
+        attached(&source, index, from, &parts.sources())?;
+        attached(&destination, index, to, &parts.destinations())?;
+        let own = parts.source.identify().map(|identify| identify.cntlid);
+        let moving = parts.sources();
+        let other = source.attached[index].iter().find(|&&cntlid| Some(cntlid) != own && !moving.contains(&cntlid));
+        if let Some(&cntlid) = other {
+            return Err(Refusal::OtherWriter { cntlid, nsid: from });
+        }
+    }
+    parts.formats = formats(&source, &destination, parts.config.vendor_uuid)?;
+    parts.media = Media::new(&geometries)?;
+    trust(parts)
+}
+
+/// Both management controllers must be such, and the source must log changes.
+fn roles(parts: &Parts) -> Result<(), Refusal> {
+    for (side, mmc) in [("source", &parts.source), ("destination", &parts.destination)] {
+        let Some(identify) = mmc.identify() else {
+            return Err(Refusal::Controller { side, what: "is not identified" });
+        };
+        if !identify.oacs.hmlms() {
+            return Err(Refusal::Controller { side, what: "does not support live migration (HMLMS)" });
+        }
+    }
+    if !parts.source.identify().is_some_and(|identify| identify.trattr.tudcs()) {
+        return Err(Refusal::Controller { side: "source", what: "cannot log user data changes (TUDCS)" });
+    }
+    Ok(())
+}
+
+fn geometry(from: u32, to: u32, source: &Side, destination: &Side, index: usize) -> Result<Geometry, Refusal> {
+    let (here, there) = (&source.namespaces[index], &destination.namespaces[index]);
+    for (side, nsid, page) in [(source.name, from, here), (destination.name, to, there)] {
+        if page.format().ms() != 0 {
+            return Err(Refusal::Metadata { side, nsid, bytes: page.format().ms() });
+        }
+    }
+    if here.rescap != 0 {
+        return Err(Refusal::Reservations(from));
+    }
+    let (source_bytes, destination_bytes) = (here.block_bytes().unwrap_or(0), there.block_bytes().unwrap_or(0));
+    if source_bytes != destination_bytes {
+        return Err(Refusal::OtherBlocks { nsid: from, source_bytes, destination_bytes });
+    }
+    if there.nsze < here.nsze {
+        let (source_blocks, destination_blocks) = (here.nsze, there.nsze);
+        return Err(Refusal::TooSmall { nsid: from, source_blocks, destination_blocks });
+    }
+    Ok(Geometry { source: from, destination: to, blocks: here.nsze, block_bytes: source_bytes })
+}
+
+/// Each moving controller must reach each moving namespace.
+fn attached(side: &Side, index: usize, nsid: u32, controllers: &[u16]) -> Result<(), Refusal> {
+    // A namespace may be private to some of the controllers, but one that none of them reaches moves nothing.
+    let list = &side.attached[index];
+    match controllers.iter().find(|cntlid| list.contains(cntlid)) {
+        Some(_) => Ok(()),
+        None => Err(Refusal::NotAttached { side: side.name, cntlid: controllers.first().copied().unwrap_or(0), nsid }),
+    }
+}
+
+fn formats(source: &Side, destination: &Side, uuid: Option<[u8; 16]>) -> Result<Formats, Refusal> {
+    let parse = |side: &Side| ControllerStateFormats::parse(&side.formats).ok().map(|formats| {
+        let uuids: Vec<[u8; 16]> = formats.uuids().collect();
+        (formats.csvi_of(STATE_VERSION), uuids)
+    });
+    let (Some((here, here_uuids)), Some((there, there_uuids))) = (parse(source), parse(destination)) else {
+        return Err(Refusal::NoStateFormat);
+    };
+    let (Some(here), Some(there)) = (here, there) else { return Err(Refusal::NoStateFormat) };
+    let common = here_uuids.iter().find(|id| uuid.is_none_or(|uuid| uuid == **id) && there_uuids.contains(id));
+    let index = |list: &[[u8; 16]]| {
+        let found = common.and_then(|id| list.iter().position(|other| other == id));
+        found.and_then(|at| u8::try_from(at + 1).ok()).unwrap_or(0)
+    };
+    Ok(Formats { source: (here, index(&here_uuids)), destination: (there, index(&there_uuids)) })
+}
+
+/// Whether everything has to be compared at the end (guarantee 1), and whether it can be.
+fn trust(parts: &mut Parts) -> Result<(), Refusal> {
+    let format = parts.source.identify_nvm().map_or(0, |page| page.lbamqf);
+    let hint = match parts.source.trust() {
+        Trust::Hint(why) => Some(why),
+        Trust::Tested if format != 0 => Some(format!("the drive's entries are of format {format:#x}")),
+        Trust::Tested => None,
+    };
+    let hint = hint.filter(|_| !parts.config.trust_drive);
+    if let Some(why) = &hint
+        && !parts.engine.destination().limits().can_compare
+    {
+        return Err(Refusal::CannotCompare(why.clone()));
+    }
+    parts.hint = hint;
+    Ok(())
+}

@@ -1,0 +1,104 @@
+//! What a migration asks of its surroundings: the guest's slot, the durable record, the fence, the guest's figures.
+
+/// Where the guest's functions are pointed (one slot per migratable controller).
+pub trait GuestSlot: Send {
+    /// The function that was behind source controller `cntlid` is the destination's from now on.
+    fn point_at_destination(&mut self, cntlid: u16);
+    /// The function is the source's again.
+    fn point_at_source(&mut self, cntlid: u16);
+}
+
+/// Who serves the namespaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// The source.
+    Source,
+    /// The destination.
+    Destination,
+}
+
+/// How far a migration is, for whoever finds the record after a restart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordPhase {
+    /// Media is being copied; nothing has been handed over.
+    Copying,
+    /// The destination has everything and is about to be resumed; only an undo takes this back.
+    Moved,
+    /// The destination serves.
+    Done,
+    /// It was undone; the source serves.
+    Undone,
+}
+
+/// What correctness rests on: written and flushed before the step that relies on it (rule 9).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The migration, a number that is never reused.
+    pub migration: u64,
+    /// Counts the records of a migration.
+    pub epoch: u64,
+    /// Who serves.
+    pub owner: Owner,
+    /// How far it is.
+    pub phase: RecordPhase,
+    /// The source is fenced.
+    pub fenced: bool,
+}
+
+/// Why a record is not durable.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the record could not be written: {0}")]
+pub struct JournalError(pub String);
+
+/// Where records are kept.
+pub trait Journal: Send {
+    /// Begins to write a record; one at a time.
+    fn write(&mut self, record: &Record);
+    /// `Some` once, when the record is durable (flushed) or has failed.
+    fn poll(&mut self) -> Option<Result<(), JournalError>>;
+}
+
+/// The fence before the source, as a mirror of the durable record: behind it nothing is fetched, whatever is reset.
+pub trait FenceControl: Send {
+    /// Raises it; the record has been flushed before.
+    fn raise(&mut self);
+    /// Lowers it; the undo has been recorded before.
+    fn lower(&mut self);
+}
+
+/// What the guest sees of its controller. Microseconds; 0 = unknown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuestSample {
+    /// Median latency since the last sample.
+    pub p50_us: u32,
+    /// 99th percentile since the last sample.
+    pub p99_us: u32,
+    /// 99th percentile before the migration began.
+    pub p99_before_us: u32,
+    /// Commands per second since the last sample.
+    pub iops: u32,
+}
+
+/// Where the guest's figures come from.
+pub trait GuestView: Send {
+    /// The figures since the last call.
+    fn sample(&mut self) -> GuestSample;
+}
+
+/// All of them.
+pub struct Hooks {
+    /// The guest's slots.
+    pub slot: Box<dyn GuestSlot>,
+    /// The durable record.
+    pub journal: Box<dyn Journal>,
+    /// The source's fence.
+    pub fence: Box<dyn FenceControl>,
+    /// The guest's figures.
+    pub guest: Box<dyn GuestView>,
+}
+
+impl std::fmt::Debug for Hooks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hooks").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,401 @@
+//! The switch-over, step by step, each timed. Every step that does not end as it must is undone: back to copying while attempts
+//! are left, else back altogether. Only when the destination has been told to resume is there a point of no return, and then
+//! what the destination's controllers say decides (rules 7, 9, 10).
+
+use crate::calls::{Calls, words};
+use crate::copy::Purpose;
+use crate::hooks::{Owner, RecordPhase};
+use crate::open::{resume, suspend};
+use crate::parts::Parts;
+use crate::reason::Reason;
+use crate::report::{ProgressView, Step};
+use crate::rounds::Rounds;
+use crate::state::{State, Turn};
+use crate::states::{ReadState, WriteState, ask_header, suspended};
+use crate::undo::Completing;
+use dray_device::poll::Time;
+
+/// A switch-over under way.
+#[derive(Debug)]
+pub(crate) struct Switch {
+    /// To go on copying with, after an undo.
+    pub(crate) rounds: Rounds,
+    step: Step,
+    entered: Time,
+    suspended_at: Time,
+    calls: Option<Calls>,
+    flushing: bool,
+    copied_before: u64,
+    reads: Vec<ReadState>,
+    states: Vec<Vec<u8>>,
+    writes: Vec<WriteState>,
+    asking: Option<Asking>,
+    /// Since when, and why, controllers were asked before some of them were resumed again.
+    asked: Option<(Time, String)>,
+}
+
+/// After a resume that did not clearly succeed: each controller of the destination is asked whether it is suspended.
+#[derive(Debug)]
+struct Asking {
+    since: Time,
+    why: String,
+    calls: Vec<Calls>,
+}
+
+/// How a step goes.
+enum Gone {
+    On,
+    To(Step),
+    Over,
+    Doubt(String),
+}
+
+impl Switch {
+    pub(crate) fn new(rounds: Rounds, now: Time) -> Self {
+        Self {
+            rounds,
+            step: Step::Prepare,
+            entered: now,
+            suspended_at: now,
+            calls: None,
+            flushing: false,
+            copied_before: 0,
+            reads: Vec::new(),
+            states: Vec::new(),
+            writes: Vec::new(),
+            asking: None,
+            asked: None,
+        }
+    }
+
+    pub(crate) fn view(&self, parts: &Parts) -> ProgressView {
+        ProgressView { phase: self.step.name(), left_bytes: parts.media.dirty_bytes(), ..self.rounds.view(parts) }
+    }
+
+    pub(crate) fn poll(&mut self, parts: &mut Parts, now: Time) -> Turn {
+        // A few steps may be over at once; each costs the guest a poll otherwise.
+        for _ in 0..16 {
+            let late = now.us_since(self.entered) / 1000 >= self.patience_ms(parts);
+            match self.advance(parts, now) {
+                Ok(Gone::On) if late && self.step != Step::Resume => return self.failed("it took too long".to_owned(), parts),
+                Ok(Gone::On) => return Turn::Stay,
+                Ok(Gone::To(step)) => self.enter(step, parts, now),
+                Ok(Gone::Over) => return self.over(parts, now),
+                Ok(Gone::Doubt(what)) => {
+                    let reason = Reason::SwitchOver { step: self.step, what: "a controller was lost".to_owned() };
+                    return Turn::Doubt(reason, what);
+                }
+                Err(what) => return self.failed(what, parts),
+            }
+        }
+        Turn::Stay
+    }
+
+    fn patience_ms(&self, parts: &Parts) -> u64 {
+        let extra = if self.step == Step::Compare { parts.config.limits.compare_budget_us / 500 } else { 0 };
+        parts.config.limits.step_ms + extra
+    }
+
+    fn failed(&mut self, what: String, parts: &mut Parts) -> Turn {
+        parts.copying = false;
+        parts.engine.set_purpose(Purpose::Copy);
+        Turn::Retry(Reason::SwitchOver { step: self.step, what })
+    }
+
+    fn enter(&mut self, step: Step, parts: &mut Parts, now: Time) {
+        parts.report.parts.push((self.step, now.us_since(self.entered)));
+        (self.step, self.entered, self.calls, self.flushing) = (step, now, None, false);
+    }
+
+    fn advance(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
+        if matches!(self.step, Step::Drain | Step::LastRound | Step::Flush | Step::Compare | Step::ReadState)
+            && parts.taps.iter().any(|tap| tap.pump.as_ref().is_some_and(|pump| pump.marks().full))
+        {
+            parts.footing.hole = true;
+            return Err("a controller data queue was full".to_owned());
+        }
+        match self.step {
+            Step::Prepare => self.prepare(parts, now),
+            Step::Suspend => self.suspend(parts, now),
+            Step::Drain => Ok(self.drain(parts)),
+            Step::LastRound => self.last_round(parts),
+            Step::Flush => self.flush(parts),
+            Step::Compare => self.compare(parts),
+            Step::ReadState => self.read_state(parts, now),
+            Step::Record => self.record(parts),
+            Step::Point => Ok(self.point(parts)),
+            Step::SetState => self.set_state(parts, now),
+            Step::Resume => self.resume(parts, now),
+        }
+    }
+
+    /// The guest still runs: copies end, the destination flushes, its controllers are suspended (again).
+    fn prepare(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
+        parts.copying = false;
+        if self.calls.is_none() {
+            parts.report.parts.clear();
+            parts.report.attempts += 1;
+            parts.extents.by_order();
+            parts.engine.limit(now, 0);
+            self.calls = Some(suspend(&parts.destinations()));
+        }
+        let ready = self.calls.as_mut().is_some_and(|calls| calls.poll(now, parts.destination.as_mut()));
+        let flushed = self.flushed(parts)?;
+        if !(ready && flushed && parts.settle_throttle(now)) {
+            return Ok(Gone::On);
+        }
+        if let Some(answer) = self.calls.as_ref().and_then(Calls::failure) {
+            return Err(format!("Suspend at the destination: {}", words(answer)));
+        }
+        Ok(Gone::To(Step::Suspend))
+    }
+
+    /// True when the destination has flushed everything that was written, and nothing is under way.
+    fn flushed(&mut self, parts: &mut Parts) -> Result<bool, String> {
+        if !self.flushing {
+            if parts.engine.in_flight() > 0 {
+                return Ok(false);
+            }
+            parts.engine.flush();
+            self.flushing = true;
+        }
+        if !parts.engine.is_flushed() {
+            return Ok(false);
+        }
+        match parts.engine.take_flush_failure() {
+            Some(status) => Err(format!("the destination cannot flush: {status}")),
+            None => Ok(true),
+        }
+    }
+
+    /// The whole set is suspended (rule 7); from the command on the guest waits.
+    fn suspend(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
+        if self.calls.is_none() {
+            self.suspended_at = now;
+            parts.source.forbid_reset(true);
+            for pump in parts.taps.iter_mut().filter_map(|tap| tap.pump.as_mut()) {
+                pump.hurry(true);
+            }
+            parts.footing.suspended = true;
+            self.calls = Some(suspend(&parts.sources()));
+        }
+        let Some(calls) = &mut self.calls else { return Ok(Gone::On) };
+        if !calls.poll(now, parts.source.as_mut()) {
+            return Ok(Gone::On);
+        }
+        match calls.failure() {
+            Some(answer) => Err(format!("Suspend at the source: {}", words(answer))),
+            None => Ok(Gone::To(Step::Drain)),
+        }
+    }
+
+    /// Every queue shows its "last, suspended" mark and nothing behind it.
+    fn drain(&mut self, parts: &mut Parts) -> Gone {
+        let marked = parts.taps.iter().all(|tap| tap.pump.as_ref().is_some_and(|pump| pump.marks().suspended));
+        if !marked || !(0..parts.taps.len()).all(|index| parts.is_drained(index)) {
+            return Gone::On;
+        }
+        self.copied_before = parts.engine.stats().copied;
+        parts.media.release_held();
+        parts.extents.sweep();
+        parts.copying = true;
+        Gone::To(Step::LastRound)
+    }
+
+    fn last_round(&mut self, parts: &mut Parts) -> Result<Gone, String> {
+        if let Some(error) = parts.engine.error() {
+            return Err(error.to_string());
+        }
+        if !parts.media.is_clean() || parts.engine.in_flight() > 0 {
+            return Ok(Gone::On);
+        }
+        parts.copying = false;
+        Ok(Gone::To(Step::Flush))
+    }
+
+    fn flush(&mut self, parts: &mut Parts) -> Result<Gone, String> {
+        if !self.flushed(parts)? {
+            return Ok(Gone::On);
+        }
+        if !parts.media.is_clean() {
+            // The destination restarted: what it had not flushed is dirty again.
+            parts.extents.sweep();
+            parts.copying = true;
+            return Ok(Gone::To(Step::LastRound));
+        }
+        parts.report.last_round_bytes = parts.engine.stats().copied - self.copied_before;
+        let compared = parts.report.parts.iter().any(|part| part.0 == Step::Compare);
+        if parts.hint.is_none() || compared {
+            return Ok(Gone::To(Step::ReadState));
+        }
+        parts.engine.set_purpose(Purpose::Compare);
+        parts.extents.everything();
+        parts.copying = true;
+        Ok(Gone::To(Step::Compare))
+    }
+
+    /// Every block is compared; what differs has become dirty and is copied (guarantee 1).
+    fn compare(&mut self, parts: &mut Parts) -> Result<Gone, String> {
+        if let Some(error) = parts.engine.error() {
+            return Err(error.to_string());
+        }
+        if !parts.extents.is_exhausted(&parts.media) || parts.engine.in_flight() > 0 {
+            return Ok(Gone::On);
+        }
+        parts.engine.set_purpose(Purpose::Copy);
+        parts.extents.sweep();
+        parts.copying = true;
+        Ok(Gone::To(Step::LastRound))
+    }
+
+    fn read_state(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
+        if self.reads.is_empty() {
+            let format = parts.formats.source;
+            self.reads = parts.sources().iter().map(|&cntlid| ReadState::new(cntlid, format, parts.source.as_ref())).collect();
+            self.states = vec![Vec::new(); self.reads.len()];
+        }
+        for (read, state) in self.reads.iter_mut().zip(&mut self.states) {
+            if !state.is_empty() {
+                continue;
+            }
+            match read.poll(now, parts.source.as_mut()) {
+                None => {}
+                Some(Ok(bytes)) => *state = bytes,
+                Some(Err(what)) => {
+                    // Suspension has ended by itself: the guest may have written since, and logging may have stopped.
+                    parts.footing.hole = true;
+                    return Err(what);
+                }
+            }
+        }
+        if self.states.iter().any(Vec::is_empty) {
+            return Ok(Gone::On);
+        }
+        // All that rule 7 asks for, once more, before anything is handed over.
+        let clean = parts.media.is_clean() && parts.engine.in_flight() == 0;
+        let flushed = parts.engine.is_flushed() && parts.media.namespaces().iter().all(|n| n.unflushed().is_empty());
+        if !clean || !flushed {
+            return Err("blocks became dirty while the guest was suspended".to_owned());
+        }
+        parts.footing.moved = true;
+        parts.record(Owner::Destination, RecordPhase::Moved, true);
+        Ok(Gone::To(Step::Record))
+    }
+
+    fn record(&mut self, parts: &mut Parts) -> Result<Gone, String> {
+        match parts.hooks.journal.poll() {
+            None => Ok(Gone::On),
+            Some(Ok(())) => Ok(Gone::To(Step::Point)),
+            Some(Err(error)) => Err(error.to_string()),
+        }
+    }
+
+    /// The fence, then the slots: the destination's controllers are suspended and fetch nothing yet.
+    fn point(&mut self, parts: &mut Parts) -> Gone {
+        parts.footing.pointed = true;
+        parts.hooks.fence.raise();
+        for cntlid in parts.sources() {
+            parts.hooks.slot.point_at_destination(cntlid);
+        }
+        let format = parts.formats.destination;
+        let states = std::mem::take(&mut self.states);
+        self.writes =
+            parts.destinations().iter().zip(states).map(|(&cntlid, state)| WriteState::new(cntlid, format, state)).collect();
+        Gone::To(Step::SetState)
+    }
+
+    fn set_state(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
+        while let Some(write) = self.writes.last_mut() {
+            match write.poll(now, parts.destination.as_mut()) {
+                None => return Ok(Gone::On),
+                Some(Ok(())) => {
+                    self.writes.pop();
+                }
+                Some(Err(what)) => return Err(what),
+            }
+        }
+        Ok(Gone::To(Step::Resume))
+    }
+
+    /// Resume of the whole set. What does not clearly succeed is found out: controllers that all are still suspended leave the
+    /// way back open, controllers that run do not.
+    fn resume(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
+        if let Some(asking) = &mut self.asking {
+            let patient = now.us_since(asking.since) / 1000 < parts.config.limits.undo_ms;
+            return match asking.poll(parts, now) {
+                Told::Nothing if patient => Ok(Gone::On),
+                Told::Nothing => Ok(Gone::Doubt(asking.why.clone())),
+                Told::AllActive => Ok(Gone::Over),
+                Told::AllSuspended => {
+                    parts.footing.resumed = false;
+                    Err(asking.why.clone())
+                }
+                Told::Some(_) if !patient => Ok(Gone::Doubt(asking.why.clone())),
+                Told::Some(again) => {
+                    self.calls = Some(resume(&again));
+                    let (since, why) = (asking.since, asking.why.clone());
+                    self.asking = None;
+                    self.asked = Some((since, why));
+                    Ok(Gone::On)
+                }
+            };
+        }
+        if self.calls.is_none() {
+            parts.footing.resumed = true;
+            self.calls = Some(resume(&parts.destinations()));
+        }
+        let Some(calls) = &mut self.calls else { return Ok(Gone::On) };
+        if !calls.poll(now, parts.destination.as_mut()) {
+            return Ok(Gone::On);
+        }
+        let Some(answer) = calls.failure() else { return Ok(Gone::Over) };
+        let why = format!("Resume at the destination: {}", words(answer));
+        let (since, why) = self.asked.take().unwrap_or((now, why));
+        self.asking = Some(Asking { since, why, calls: Vec::new() });
+        Ok(Gone::On)
+    }
+
+    fn over(&mut self, parts: &mut Parts, now: Time) -> Turn {
+        parts.report.parts.push((self.step, now.us_since(self.entered)));
+        parts.report.downtime_us = Some(now.us_since(self.suspended_at));
+        Turn::Next(State::Completing(Completing::new(parts, now)))
+    }
+}
+
+/// What the destination's controllers said.
+enum Told {
+    Nothing,
+    AllActive,
+    AllSuspended,
+    /// Some run already, these do not: they have to be resumed as well.
+    Some(Vec<u16>),
+}
+
+impl Asking {
+    fn poll(&mut self, parts: &mut Parts, now: Time) -> Told {
+        let controllers = parts.destinations();
+        if self.calls.is_empty() {
+            self.calls = controllers.iter().map(|&cntlid| ask_header(cntlid, parts.formats.destination)).collect();
+        }
+        let mut over = true;
+        for calls in &mut self.calls {
+            over &= calls.poll(now, parts.destination.as_mut());
+        }
+        if !over {
+            return Told::Nothing;
+        }
+        let told: Option<Vec<bool>> =
+            self.calls.iter().map(|calls| calls.answers().next().and_then(suspended)).collect();
+        let Some(told) = told else {
+            // Unreachable for the moment: ask again.
+            self.calls.clear();
+            return Told::Nothing;
+        };
+        let waiting: Vec<u16> = controllers.iter().zip(&told).filter(|(_, suspended)| **suspended).map(|(&id, _)| id).collect();
+        match waiting.len() {
+            0 => Told::AllActive,
+            n if n == controllers.len() => Told::AllSuspended,
+            _ => Told::Some(waiting),
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! The two ends: completing a move that has succeeded, and undoing one that has not.
+//!
+//! An undo takes back what [`Footing`](crate::parts::Footing) says, in the reverse order: the record first, then fence and slots,
+//! then the source is resumed (rules 9 and 10). It ends with the source serving, or says plainly that it could not.
+
+use crate::calls::{Calls, words};
+use crate::copy::Purpose;
+use crate::hooks::{Owner, RecordPhase};
+use crate::mmc::Health;
+use crate::open::resume;
+use crate::parts::Parts;
+use crate::reason::Reason;
+use crate::report::Outcome;
+use crate::rounds::Rounds;
+use crate::state::{State, Turn};
+use dray_device::poll::Time;
+use dray_nvme::status::Status;
+
+/// Cleaning up after a move.
+#[derive(Debug)]
+pub(crate) struct Completing {
+    since: Time,
+    recorded: bool,
+}
+
+impl Completing {
+    pub(crate) fn new(parts: &mut Parts, now: Time) -> Self {
+        delete_queues(parts, now);
+        parts.record(Owner::Destination, RecordPhase::Done, true);
+        Self { since: now, recorded: false }
+    }
+
+    /// The destination serves whatever happens here: the "moved" record says so, and the fence is up.
+    pub(crate) fn poll(&mut self, parts: &mut Parts, now: Time) -> Turn {
+        self.recorded |= parts.hooks.journal.poll().is_some();
+        let late = now.us_since(self.since) / 1000 >= parts.config.limits.undo_ms;
+        if !self.recorded && !late {
+            return Turn::Stay;
+        }
+        parts.source.forbid_reset(false);
+        Turn::End(Outcome::Moved)
+    }
+}
+
+pub(crate) fn delete_queues(parts: &mut Parts, now: Time) {
+    for tap in std::mem::take(&mut parts.taps) {
+        if let Some(pump) = &tap.pump {
+            parts.past_pumps.add(&pump.stats());
+        }
+        parts.source.delete_queue(now, tap.key);
+    }
+}
+
+/// The steps of an undo.
+#[derive(Debug)]
+enum Step {
+    /// The record says "source" before anything relies on it.
+    Record { written: bool },
+    /// The source's controllers are resumed.
+    Resume(Option<Calls>),
+    /// The guest's limit is lifted.
+    Unthrottle,
+    /// The last record.
+    Close { written: bool },
+}
+
+/// An undo under way.
+#[derive(Debug)]
+pub(crate) struct Undoing {
+    pub(crate) reason: Reason,
+    /// Only the switch-over is undone: copying goes on with these rounds.
+    rounds: Option<Box<Rounds>>,
+    step: Step,
+    since: Time,
+    reset: bool,
+    /// Why the present step does not end.
+    trouble: String,
+}
+
+impl Undoing {
+    pub(crate) fn new(reason: Reason, rounds: Option<Box<Rounds>>, parts: &mut Parts, now: Time) -> Self {
+        parts.copying = false;
+        parts.extents.by_order();
+        parts.engine.set_purpose(Purpose::Copy);
+        Self { reason, rounds, step: Step::Record { written: false }, since: now, reset: false, trouble: String::new() }
+    }
+
+    /// No attempt will follow: cancelled while an attempt was being undone.
+    pub(crate) fn give_up(&mut self, reason: Reason) {
+        if self.rounds.take().is_some() {
+            self.reason = reason;
+        }
+    }
+
+    pub(crate) fn poll(&mut self, parts: &mut Parts, now: Time) -> Turn {
+        let late = now.us_since(self.since) / 1000 >= parts.config.limits.undo_ms;
+        match &mut self.step {
+            Step::Record { written } => {
+                if !parts.footing.moved {
+                    self.step = Step::Resume(None);
+                } else if !*written {
+                    *written = true;
+                    parts.record(Owner::Source, RecordPhase::Copying, false);
+                } else if let Some(result) = parts.hooks.journal.poll() {
+                    match result {
+                        Ok(()) => {
+                            parts.footing.moved = false;
+                            self.point_back(parts);
+                        }
+                        Err(error) => (self.trouble, *written) = (error.to_string(), false),
+                    }
+                }
+                // While the record may say "moved" the source must not run: a restart would find two owners.
+                if late && parts.footing.moved {
+                    return self.doubt("the record of the undo could not be written");
+                }
+            }
+            Step::Resume(_) => {
+                if self.resume(parts, now) {
+                    return self.resumed(parts, now);
+                }
+                if late {
+                    return self.doubt("the source could not be resumed");
+                }
+            }
+            Step::Unthrottle => {
+                parts.limit_guest(0);
+                if parts.settle_throttle(now) || late || parts.source.health() != Health::Ready {
+                    delete_queues(parts, now);
+                    self.step = Step::Close { written: false };
+                }
+            }
+            Step::Close { written } => {
+                if !parts.footing.recorded {
+                    return Turn::End(Outcome::Undone(self.reason.clone()));
+                }
+                if !*written {
+                    *written = true;
+                    parts.record(Owner::Source, RecordPhase::Undone, false);
+                } else if parts.hooks.journal.poll().is_some() || late {
+                    // The record before says "source" as well.
+                    return Turn::End(Outcome::Undone(self.reason.clone()));
+                }
+            }
+        }
+        Turn::Stay
+    }
+
+    fn doubt(&self, what: &str) -> Turn {
+        Turn::Doubt(self.reason.clone(), format!("{what}: {}", self.trouble))
+    }
+
+    fn point_back(&mut self, parts: &mut Parts) {
+        if parts.footing.pointed {
+            parts.hooks.fence.lower();
+            for cntlid in parts.sources() {
+                parts.hooks.slot.point_at_source(cntlid);
+            }
+            parts.footing.pointed = false;
+        }
+        self.step = Step::Resume(None);
+    }
+
+    /// True when the source's controllers run.
+    fn resume(&mut self, parts: &mut Parts, now: Time) -> bool {
+        let Step::Resume(calls) = &mut self.step else { return false };
+        if !parts.footing.suspended {
+            return true;
+        }
+        if let Health::Failed(why) = parts.source.health()
+            && !self.reset
+        {
+            // A reset ends every suspension that this controller had asked for: here it is the way back.
+            self.trouble = why;
+            self.reset = true;
+            parts.footing.hole = true;
+            parts.source.forbid_reset(false);
+            parts.source.reset(now);
+            *calls = None;
+            return false;
+        }
+        let sources = parts.sources();
+        let open = calls.get_or_insert_with(|| resume(&sources));
+        if !open.poll(now, parts.source.as_mut()) {
+            return false;
+        }
+        let bad = open.answers().find(|answer| {
+            answer.unknown || answer.status.is_error() && !answer.status.is(Status::CONTROLLER_NOT_SUSPENDED)
+        });
+        if let Some(answer) = bad {
+            self.trouble = words(answer);
+            *calls = None;
+            return false;
+        }
+        // One that was not suspended any more has run meanwhile: changes may be missing from the log.
+        parts.footing.hole |= open.answers().any(|answer| answer.status.is(Status::CONTROLLER_NOT_SUSPENDED));
+        true
+    }
+
+    fn resumed(&mut self, parts: &mut Parts, now: Time) -> Turn {
+        parts.footing.suspended = false;
+        parts.source.forbid_reset(false);
+        let hole = std::mem::take(&mut parts.footing.hole);
+        for pump in parts.taps.iter_mut().filter_map(|tap| tap.pump.as_mut()) {
+            pump.hurry(false);
+            if !pump.marks().full {
+                pump.forget_marks();
+            }
+        }
+        match self.rounds.take() {
+            Some(rounds) => Turn::Next(State::Copying(Box::new(rounds.resume(now, hole)))),
+            None => {
+                self.step = Step::Unthrottle;
+                Turn::Stay
+            }
+        }
+    }
+}

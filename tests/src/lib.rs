@@ -1,0 +1,12 @@
+//! What the tests over several crates share: software subsystems and drivers on them, polled by one thread under a made-up clock.
+//!
+//! **What is here.** [`rig`] has the world (subsystems, the clock, the seeded order of polls), fronts (a slot with a driver on
+//! it), and backings that do as they are told. [`raw`] is a guest without a driver: registers and queues by hand, so that it can
+//! do everything wrong. The tests themselves are in `tests/`, a file per area; the benchmark is in `benches/`.
+//!
+//! **What is not here.** Faults of the whole system (power loss, a peer that goes away) and the simulator that drives them.
+//!
+//! **Where to start reading.** `rig.rs`, then `tests/loopback.rs`.
+
+pub mod raw;
+pub mod rig;
