@@ -1,7 +1,7 @@
 //! Controller data queues between driver and controller: what is logged and when, markers, full, the trigger, lending.
 #![allow(missing_docs)]
 
-use dray_device::command::{CommandQueue, Completion};
+use dray_device::command::Completion;
 use dray_device::poll::Poll;
 use dray_device::space::MappedBuffer;
 use dray_driver::{CdqConfig, CdqFormat, CdqOptions, CdqOwner, CdqState, GoneReason, LentReader, QueuePair};
@@ -240,7 +240,10 @@ fn a_full_queue_ends_the_log_and_says_so_once() {
         bench.log(true);
         bench.write_unseen(9);
         let entries = bench.take();
-        assert_eq!((marks(&entries), changes(&entries[1..])), (vec![Esa::FIRST], vec![range(9, 1)]));
+        assert_eq!(changes(&entries[1..]), [range(9, 1)]);
+        // Of three slots one is FIRST's and one stays free: the first change is the last.
+        let expected: &[Esa] = if slots == 3 { &[Esa::FIRST, Esa::FULL] } else { &[Esa::FIRST] };
+        assert_eq!(marks(&entries), expected);
     }
 }
 
@@ -446,20 +449,20 @@ impl Patient for RawGuest {
 
 #[test]
 fn dropping_the_owner_or_resetting_the_manager_deletes_the_queue() {
-    let mut bench = Bench::new(7, 16);
+    let bench = Bench::new(7, 16);
     let id = bench.owner.id().expect("live");
     let Bench { mut world, mut manager, owner, .. } = bench;
     let get = SubmissionEntry::get_cdq_feature(id);
     assert!(!manager.admin(&mut world, &get, dray_driver::AdminData::In(8)).completion.status.is_error());
     drop(owner);
     for _ in 0..50 {
-        world.round(|now| drop(manager.driver.poll(now)));
+        world.round(|now| manager.driver.poll(now).work);
     }
     assert!(manager.status(&mut world, &get).is(Status::INVALID_CDQ), "deleted");
     // One that was still being created, too.
     drop(CdqOwner::create(&mut manager.driver, world.now, config(16)).expect("begun"));
     for _ in 0..50 {
-        world.round(|now| drop(manager.driver.poll(now)));
+        world.round(|now| manager.driver.poll(now).work);
     }
     assert!(manager.status(&mut world, &get).is(Status::INVALID_CDQ));
     let mut owner = CdqOwner::create(&mut manager.driver, world.now, config(16)).expect("begun");

@@ -97,7 +97,6 @@ fn bring_up_finds_what_was_configured() {
         ..side.config
     };
     let mut world = World::new(1, vec![side]);
-    let mut manager = world.front(0, MANAGEMENT);
     for (cntlid, manages) in [(MANAGEMENT, true), (MIGRATABLE, false), (9, false)] {
         let mut front = world.front(0, cntlid);
         let page = front.driver.identify().expect("identified");
@@ -117,6 +116,7 @@ fn bring_up_finds_what_was_configured() {
         });
         assert_eq!(list, Ok(vec![NSID]));
     }
+    let mut manager = world.front(0, MANAGEMENT);
     let query = mmc::identify_namespace(&mut manager.driver, world.now, NSID).expect("sent");
     let page = world.wait("Identify Namespace", |now| {
         let _progress = manager.driver.poll(now);
@@ -266,7 +266,7 @@ fn queues_wrap_and_every_command_ends_once() {
     assert_eq!(guest.driver.create_queue_pair(world.now, config), Err(SubmitError::Full));
     pairs.truncate(3);
     for _ in 0..200 {
-        world.round(|now| drop(guest.driver.poll(now)));
+        world.round(|now| guest.driver.poll(now).work);
     }
     assert_eq!(guest.pair(&mut world, 4, None).qid(), 4);
 }

@@ -292,7 +292,8 @@ impl CdqOwner {
         self.arm_if_idle(driver, now);
         if now >= self.next_look {
             self.next_look = now.after_us(self.options.slow_poll_us);
-            if (self.armed || self.lender.is_some()) && self.entries.any() {
+            // Whether the trigger is armed does not matter: entries may have come before it was, or the device has none.
+            if (self.config.arm_trigger || self.lender.is_some()) && self.entries.any() {
                 self.line.signal();
             }
         }

@@ -129,7 +129,7 @@ impl Bench {
     /// ns per entry.
     fn run(&mut self, plan: &Plan, row: &Row) -> Result<f64, Failure> {
         let (mut spent_ns, mut entries) = (0u128, 0usize);
-        let until = Instant::now() + plan.run_time() * 4;
+        let until = Instant::now() + plan.run_time() * 2;
         while Instant::now() < until {
             for i in 0..row.batch {
                 self.write(row.random || i % 4 == 0)?;

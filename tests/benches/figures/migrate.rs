@@ -115,6 +115,8 @@ struct Bench {
     disks: [DmaBuffer; 2],
     /// And in files.
     files: [PathBuf; 2],
+    /// A folder in memory for records that are not durable.
+    volatile: PathBuf,
     /// Runs so far: each has tags of its own, since the source keeps those of the runs before.
     count: Cell<u64>,
 }
@@ -139,30 +141,35 @@ impl Bench {
                 policy.component = Spanned::new(0..0, target_folder()?.join(path));
             }
         }
-        let settle = Duration::from_millis(if plan.quick { 200 } else { 1000 });
+        let volatile = Path::new(MEMORY).join(format!("dray-bench-{}", std::process::id()));
+        let settle = Duration::from_millis(if plan.quick { 200 } else { 700 });
         let empty = DmaBuffer::allocate("bench-disk", bytes as usize, Pages::PreferHuge)?;
-        Ok(Self { config, bytes, settle, disks: [disk(bytes, 8)?, empty], files, count: Cell::new(0) })
+        Ok(Self { config, bytes, settle, disks: [disk(bytes, 8)?, empty], files, volatile, count: Cell::new(0) })
     }
 
+    /// Measures all rows; one that fails does not keep the others from being measured.
     fn rows(&self, plan: &Plan, report: &mut Report) -> Result<(), Failure> {
         let huge = pages_note(self.disks.iter().all(|disk| disk.arena().is_huge()));
+        let mut failed = Vec::new();
+        let mut tell = |row: &str, done: Result<(), Failure>| {
+            if let Err(failure) = done {
+                failed.push(format!("{row}: {failure}"));
+            }
+        };
         for (rate, name) in [(2_000, "migrate.downtime.2k"), (20_000, "migrate.downtime.20k")] {
-            let note = format!("{huge}, the record in memory too");
-            self.downtime(plan, report, name, memory(rate), &note)?;
             let durable = Case { durable: true, ..memory(rate) };
-            let note = format!("{huge}, the record flushed to disk");
-            self.downtime(plan, report, &format!("{name}.durable"), durable, &note)?;
-            let files = Case { files: true, ..durable };
-            self.downtime(plan, report, &format!("{name}.file"), files, "namespaces and record in files, as in the demo")?;
+            for (name, case, note) in [
+                (name.to_owned(), memory(rate), format!("{huge}, the record in memory too")),
+                (format!("{name}.durable"), durable, format!("{huge}, the record flushed to disk")),
+                (format!("{name}.file"), Case { files: true, ..durable }, "all in files, as in the demo".to_owned()),
+            ] {
+                tell(&name, self.downtime(plan, report, &name, case, &note));
+            }
         }
-        self.guest(plan, report)?;
-        self.converge(plan, report)?;
-        self.unbounded(plan, report)?;
-        for file in &self.files {
-            // They are there only if a file-backed row was measured.
-            let _missing = std::fs::remove_file(file);
-        }
-        Ok(())
+        tell("copy.guest", self.guest(plan, report));
+        tell("migrate.converge.60k", self.converge(plan, report));
+        tell("migrate.unbounded", self.unbounded(plan, report));
+        if failed.is_empty() { Ok(()) } else { Err(failed.join("\n  ").into()) }
     }
 
     /// Runs a case as often as the plan says; a run with anything wrong is a failure.
@@ -246,8 +253,8 @@ impl Bench {
     fn run(&self, plan: &Plan, case: Case) -> Result<Run, Failure> {
         let mut config = self.config.clone();
         config.file.migration.throttle_guest = case.throttle;
-        if !case.durable && Path::new(MEMORY).is_dir() {
-            config.file.core.state = Path::new(MEMORY).join(format!("dray-bench-{}", std::process::id()));
+        if !case.durable {
+            config.file.core.state.clone_from(&self.volatile);
         }
         if case.rate == 0 {
             config.file.migration.max_time = Span(UNBOUNDED);
@@ -280,10 +287,6 @@ impl Bench {
             cancel: Arc::new(AtomicBool::new(false)),
         };
         let live = live::run(&spec, source, destination, seats, &mut look)?;
-        if !case.durable {
-            // What is left is a compiled policy and a record of nothing.
-            let _kept_elsewhere = std::fs::remove_dir_all(&config.file.core.state);
-        }
         let wrong = self.judge(&live, case, &ledger)?;
         let stats = |phase| live.guest.phase_stats(phase);
         Ok(Run { before: stats(Phase::Before), during: stats(Phase::During), report: live.migration, looks, wrong })
@@ -341,6 +344,16 @@ impl Bench {
                 Ok([assembly::machine(config, source)?, assembly::machine(config, destination)?])
             }
             _ => Err("appliance.toml has other than two subsystems".into()),
+        }
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        // Each is there only if a row needed it.
+        let _missing = std::fs::remove_dir_all(&self.volatile);
+        for file in &self.files {
+            let _missing = std::fs::remove_file(file);
         }
     }
 }

@@ -8,6 +8,7 @@ mod plugin;
 
 use crate::config::units::Size;
 use clap::{Args, Parser, Subcommand};
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -155,7 +156,9 @@ enum ConfigCommand {
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(cli.verbose);
+    // A conformance suite provokes what components warn of.
+    let provoking = matches!(cli.command, Command::Plugin(PluginCommand::Check { .. }));
+    log_to_stderr(cli.verbose, provoking);
     let result = match cli.command {
         Command::Demo(args) => demo::run(&cli.config, &args),
         Command::Device(DeviceCommand::List { json }) => device::list(&cli.config, json),
@@ -175,8 +178,10 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn log_to_stderr(verbose: u8) {
-    let level = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
+fn log_to_stderr(verbose: u8, provoking: bool) {
+    let usual = if provoking { "error" } else { "warn" };
+    let level = [usual, "info", "debug", "trace"][usize::from(verbose.min(3))];
     let filter = tracing_subscriber::EnvFilter::try_from_env("DRAY_LOG").unwrap_or_else(|_| level.into());
-    let _set = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().try_init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time();
+    let _set = log.with_ansi(std::io::stderr().is_terminal()).try_init();
 }

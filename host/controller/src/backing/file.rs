@@ -10,6 +10,10 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
+/// Shorter ranges are zeroed by writing zeroes. The filesystem's own zeroing waits for all direct writes under way, and leaves
+/// unwritten extents behind, each of which costs a journal transaction when it is written next.
+const ZERO_RANGE_FROM: u64 = 1 << 20;
+
 /// Zeroes that are written at a time where the filesystem cannot zero a range by itself.
 const ZERO_BYTES: usize = 256 << 10;
 const ENOSPC: i32 = 28;
@@ -100,7 +104,9 @@ impl FileBacking {
     fn send(&mut self, index: u32, data: &[Segment<'_>]) -> bool {
         let Some(operation) = self.operations.get_mut(index as usize) else { return false };
         let (slba, blocks) = (operation.slba, operation.blocks);
-        if zeroing(operation.op).is_some_and(|hole| self.refuses[usize::from(hole)] || operation.zero_left > 0) {
+        let small = blocks << self.block_shift < ZERO_RANGE_FROM;
+        let written = |hole: bool| self.refuses[usize::from(hole)] || operation.zero_left > 0 || (small && !hole);
+        if zeroing(operation.op).is_some_and(written) {
             return self.send_zeroes(index);
         }
         let op = match operation.op {

@@ -1,6 +1,6 @@
 //! Whole migrations between two fakes, under a made-up clock: the rules of the way of the data, a test each.
 
-mod fake;
+pub(crate) mod fake;
 mod rules;
 mod ways_back;
 
