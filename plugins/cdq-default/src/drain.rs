@@ -30,7 +30,7 @@ impl Drain {
     /// A setting that is unknown or out of bounds.
     pub fn new(setup: &Setup, queue: &Queue) -> Result<Self, String> {
         let mut settings = Settings::of(&setup.settings);
-        let wait_us = settings.number("batch-wait-us", 200, 0, 1_000_000) as u32;
+        let wait_us = settings.number("batch-wait-us", 1000, 0, 1_000_000) as u32;
         let batch = settings.number("batch-entries", 512, 0, 1 << 20) as u32;
         settings.finish()?;
         // A queue must never run full: a quarter of it is time to look, however large a batch would be liked.
@@ -173,7 +173,7 @@ mod tests {
         let batch = [entry(1, 0, 7, 1), entry(1, 8, 7, 0), entry(1, 16, 7, 0x21), entry(1, 40, 7, 1), entry(5, 48, 1, 0)];
         let answer = drain(UDMQ, &[]).unwrap().answer(&batch.concat(), 0);
         assert_eq!(answer.ranges, packed(&[(0, 16, 1), (16, 8 | 1 << 31, 1), (40, 8, 1), (48, 2, 5)]));
-        assert_eq!((answer.consumed, answer.wait_us, answer.wait_entries), (5, 200, 256));
+        assert_eq!((answer.consumed, answer.wait_us, answer.wait_entries), (5, 1000, 256));
     }
 
     #[test]

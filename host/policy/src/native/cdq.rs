@@ -24,7 +24,7 @@ impl NativeCdq {
     /// [`Fault::Refused`] for a setting that is unknown or out of bounds.
     pub fn open(opening: &Opening<Cdq>) -> Result<Self, Fault> {
         let mut settings = Settings::of(&opening.setup);
-        let wait_us = settings.number("batch-wait-us", 200, 0, 1_000_000) as u32;
+        let wait_us = settings.number("batch-wait-us", 1000, 0, 1_000_000) as u32;
         let batch = settings.number("batch-entries", 512, 0, 1 << 20) as u32;
         settings.finish()?;
         let queue = opening.extra;
@@ -178,7 +178,7 @@ mod tests {
         let range = |slba, blocks, deallocated, nsid| Range { slba, blocks, deallocated, nsid };
         let want = [range(0, 16, false, 1), range(16, 8, true, 1), range(40, 8, false, 1), range(48, 2, false, 2)];
         assert_eq!(packed::ranges(&answer.ranges).collect::<Vec<_>>(), want);
-        assert_eq!((answer.consumed, answer.wait_us, answer.wait_entries), (5, 200, 256));
+        assert_eq!((answer.consumed, answer.wait_us, answer.wait_entries), (5, 1000, 256));
     }
 
     #[test]
