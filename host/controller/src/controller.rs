@@ -75,6 +75,8 @@ pub(crate) struct Controller {
     /// The controller was reset since the subsystem last looked.
     pub(crate) was_reset: bool,
     coalescing: bool,
+    /// The address space changed under queues that have not been looked up again.
+    remapped: bool,
     released: u64,
     pub(crate) now: Time,
 }
@@ -116,6 +118,7 @@ impl Controller {
             management: None,
             was_reset: false,
             coalescing: false,
+            remapped: false,
             released: 0,
             now: Time::default(),
             config,
@@ -151,7 +154,7 @@ impl Controller {
     }
 
     fn poll_port(&mut self, port: &Port, shared: &mut Shared) -> u32 {
-        let remapped = self.engine.reader.refresh();
+        let remapped = self.engine.reader.refresh() | std::mem::take(&mut self.remapped);
         let generation = self.engine.reader.generation();
         if self.released != generation {
             self.released = self.engine.contexts.oldest_generation(generation);
@@ -280,6 +283,8 @@ impl Controller {
         while fetched < BUDGET && self.management.is_none() {
             let Some((sq, cq)) = self.sqs[0].as_mut().zip(self.cqs[0].as_mut()) else { break };
             let looked = sq.look(port.bar());
+            // What the guest mapped before it rang must be seen: its map came before the doorbell.
+            self.remapped |= self.engine.reader.refresh();
             let reserved = looked.and_then(|()| if sq.is_empty() { Ok(false) } else { cq.reserve(port.bar()) });
             match reserved {
                 Ok(true) => {}
@@ -337,6 +342,10 @@ impl Controller {
         let Some(cq) = self.cqs[usize::from(sq.cqid)].as_mut() else { return 0 };
         let mut fetched = 0;
         let mut bad = sq.look(port.bar()).is_err();
+        if !sq.is_empty() {
+            // What the guest mapped before it rang must be seen: its map came before the doorbell.
+            self.remapped |= self.engine.reader.refresh();
+        }
         while !bad && fetched < budget && !sq.is_empty() && !sq.deleting {
             if self.engine.moved >= crate::job::CHUNK_BYTES || self.engine.contexts.next().is_none() {
                 break;

@@ -5,7 +5,7 @@
 //! and a full round follows (rule 8, [`crate::relog`]).
 
 use crate::extents::Piece;
-use crate::hooks::GuestSample;
+use crate::hooks::{GuestSample, Owner, RecordPhase};
 use crate::media::since_ms;
 use crate::parts::Parts;
 use crate::reason::Reason;
@@ -75,6 +75,8 @@ pub(crate) struct Rounds {
     host_limit: u32,
     cut_at: Time,
     give_up_at: Option<Time>,
+    /// A record is written again, to see what the one of the switch-over will cost.
+    probe: Option<Time>,
 }
 
 impl Rounds {
@@ -109,6 +111,7 @@ impl Rounds {
             host_limit: 0,
             cut_at: now,
             give_up_at: None,
+            probe: None,
         }
     }
 
@@ -123,6 +126,9 @@ impl Rounds {
     pub(crate) fn poll(&mut self, parts: &mut Parts, now: Time) -> Turn {
         self.take_orders(parts, now);
         parts.settle_throttle(now);
+        if let Some(turn) = self.probed(parts, now) {
+            return turn;
+        }
         let full = parts.taps.iter().any(|tap| tap.pump.as_ref().is_some_and(|pump| pump.marks().full));
         if full && !matches!(self.stage, Stage::Relog(_)) {
             self.stage = Stage::Relog(Relog::new(false));
@@ -138,6 +144,7 @@ impl Rounds {
             Stage::Settle => {
                 parts.copying = false;
                 if parts.engine.in_flight() == 0 {
+                    self.probe(parts, now);
                     parts.engine.flush();
                     self.stage = Stage::Flush { since: now };
                 }
@@ -164,6 +171,29 @@ impl Rounds {
         Turn::Stay
     }
 
+    /// What the record of the switch-over costs is known from one that was written. If that was dear, it is worth another look:
+    /// a disk that was busy then must not keep a migration from converging.
+    fn probe(&mut self, parts: &mut Parts, now: Time) {
+        if self.probe.is_none() && parts.costs.journal_us >= u64::from(parts.config.limits.downtime_budget_us) / 4 {
+            parts.record(Owner::Source, RecordPhase::Copying, false);
+            self.probe = Some(now);
+        }
+    }
+
+    fn probed(&mut self, parts: &mut Parts, now: Time) -> Option<Turn> {
+        let since = self.probe?;
+        match parts.hooks.journal.poll() {
+            Some(Ok(())) => parts.costs.journal_us = now.us_since(since),
+            Some(Err(error)) => return Some(Turn::Back(Reason::Journal(error.to_string()))),
+            None if now.us_since(since) / 1000 >= parts.config.limits.step_ms => {
+                return Some(Turn::Back(Reason::Journal("a record was not written in time".into())));
+            }
+            None => return None,
+        }
+        self.probe = None;
+        None
+    }
+
     /// Everything is copied again: the log had a hole, but has none from here on.
     fn start_over(&mut self, parts: &mut Parts, now: Time) {
         parts.media.mark_everything();
@@ -178,6 +208,9 @@ impl Rounds {
     /// Whether to switch over, or what to do at the host's own limits.
     fn decide(&mut self, parts: &mut Parts, now: Time) -> Option<Turn> {
         let limits = parts.config.limits;
+        if self.probe.is_some() {
+            return None;
+        }
         let over = self.number >= limits.max_rounds || now.us_since(parts.began) / 1000 >= limits.max_time_ms;
         if !(self.complete && self.orders.wish || over) {
             return None;
