@@ -52,6 +52,10 @@ impl Screen {
     fn show_round(&mut self, view: &LiveView) {
         let m = &view.migration;
         if self.round != Some(m.round) && m.round_total > 0 {
+            // The round before has ended since the last look.
+            if let Some(bar) = &self.bar {
+                bar.set_position(bar.length().unwrap_or(0));
+            }
             self.close_bar();
             self.round = Some(m.round);
             if self.terminal {
