@@ -26,6 +26,7 @@ use dray_driver::{AdminAnswer, AdminData, Driver, DriverConfig, DriverState, Que
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::status::Status;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// CNTLID of the management controller of every side.
 pub const MANAGEMENT: u16 = 1;
@@ -122,6 +123,8 @@ pub struct World {
     pub subsystems: Vec<Subsystem>,
     /// Nanoseconds that pass from one round of polls to the next, give or take a half.
     pub pace_ns: u64,
+    /// Where time follows the machine's clock: since when.
+    clock: Option<Instant>,
     random: fastrand::Rng,
 }
 
@@ -134,13 +137,19 @@ impl World {
     pub fn new(seed: u64, sides: Vec<Side>) -> Self {
         let make = |side: Side| Subsystem::new(side.config, side.namespaces).expect("a subsystem");
         let subsystems = sides.into_iter().map(make).collect();
-        Self { now: Time::from_us(1), subsystems, pace_ns: 1_000, random: fastrand::Rng::with_seed(seed) }
+        Self { now: Time::from_us(1), subsystems, pace_ns: 1_000, clock: None, random: fastrand::Rng::with_seed(seed) }
     }
 
     /// A world with one side in memory.
     #[must_use]
     pub fn small(seed: u64) -> Self {
         Self::new(seed, vec![Side::memory(8 << 20, 512)])
+    }
+
+    /// From now on time follows the machine's clock, for backings that the kernel serves: made-up time would run past every
+    /// time-out while a disk is busy.
+    pub fn follow_the_clock(&mut self) {
+        self.clock = Instant::now().checked_sub(Duration::from_nanos(self.now.0));
     }
 
     /// One round: every subsystem and `step` once each, in an order of the seed's choosing; then time passes.
@@ -156,7 +165,10 @@ impl World {
                 None => answer = Some(step(self.now)),
             }
         }
-        self.now = self.now.after_ns(self.random.u64(self.pace_ns / 2..=self.pace_ns * 3 / 2).max(1));
+        self.now = match self.clock {
+            Some(start) => Time(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)),
+            None => self.now.after_ns(self.random.u64(self.pace_ns / 2..=self.pace_ns * 3 / 2).max(1)),
+        };
         answer.expect("the step has its turn")
     }
 
@@ -170,7 +182,7 @@ impl World {
     /// Rounds until `step` gives something.
     ///
     /// # Panics
-    /// When it gives nothing within a minute of virtual time.
+    /// When it gives nothing within a minute of the world's time.
     #[track_caller]
     pub fn wait<T>(&mut self, what: &str, mut step: impl FnMut(Time) -> Option<T>) -> T {
         let deadline = self.now.after_us(PATIENCE_US);
@@ -179,7 +191,7 @@ impl World {
                 return found;
             }
         }
-        panic!("{what}: nothing happened in {PATIENCE_US} us of virtual time");
+        panic!("{what}: nothing happened in {PATIENCE_US} us of the world's time");
     }
 
     /// A driver on a slot of its own, before a controller of one side, ready.

@@ -4,11 +4,11 @@
 use dray_device::command::Completion;
 use dray_device::poll::Poll;
 use dray_device::space::MappedBuffer;
-use dray_driver::{CdqConfig, CdqFormat, CdqOptions, CdqOwner, CdqState, GoneReason, LentReader, QueuePair};
+use dray_driver::{AdminData, CdqConfig, CdqFormat, CdqOptions, CdqOwner, CdqState, GoneReason, LentReader, QueuePair};
 use dray_nvme::cdq::{Changed, Esa, QueueType, UDMQ_ENTRY_BYTES, UdmqEntry};
 use dray_nvme::command::{CopyRange0, DsmRange, SubmissionEntry};
 use dray_nvme::status::Status;
-use dray_tests::raw::RawGuest;
+use dray_tests::raw::{RawGuest, RawQueue};
 use dray_tests::rig::{Front, HeldBacking, MANAGEMENT, MIGRATABLE, NSID, Side, World};
 use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
@@ -208,7 +208,7 @@ fn what_failed_and_what_a_reset_abandoned_is_logged_when_the_backing_has_ended()
     assert!(bench.look().is_empty(), "they have not ended");
     // Suspend waits for them, and they come before its mark.
     let suspend = SubmissionEntry::suspend(MIGRATABLE, false, false);
-    let ticket = bench.manager.driver.request(bench.world.now, &suspend, dray_driver::AdminData::None).expect("sent");
+    let ticket = bench.manager.driver.request(bench.world.now, &suspend, AdminData::None).expect("sent");
     for _ in 0..300 {
         bench.round();
         assert!(bench.manager.driver.answer(ticket).is_none(), "suspended while the backing is at work");
@@ -304,7 +304,7 @@ fn the_trigger_wakes_a_sleeper_once_and_is_armed_again() {
         assert_eq!(line.take(), 0, "nothing has come yet");
         bench.write_unseen(round as u64 * 10);
         bench.wait("the eventfd", |_| (line.take() > 0).then_some(()));
-        let answer = bench.manager.page_and_result(&mut bench.world, &get);
+        let answer = page_and_result(&mut bench.manager, &mut bench.world, &get);
         assert_eq!(answer.1 >> 31, 0, "one-shot: it is disarmed");
         assert_eq!(bench.owner.waiting(), 1);
     }
@@ -324,7 +324,7 @@ impl Bench {
             for _ in 0..20 {
                 self.round();
             }
-            let (data, result) = self.manager.page_and_result(&mut self.world, get);
+            let (data, result) = page_and_result(&mut self.manager, &mut self.world, get);
             if result >> 31 == 1 {
                 return u32::from_le_bytes([data[4], data[5], data[6], data[7]]);
             }
@@ -333,16 +333,12 @@ impl Bench {
     }
 }
 
-trait PageAndResult {
-    fn page_and_result(&mut self, world: &mut World, entry: &SubmissionEntry) -> (Vec<u8>, u64);
-}
-
-impl PageAndResult for Front {
-    fn page_and_result(&mut self, world: &mut World, entry: &SubmissionEntry) -> (Vec<u8>, u64) {
-        let answer = self.admin(world, entry, dray_driver::AdminData::In(8));
-        assert!(!answer.completion.status.is_error(), "{}", answer.completion.status);
-        (answer.data, answer.completion.result)
-    }
+/// An admin command that returns eight bytes: those, and its result.
+#[track_caller]
+fn page_and_result(front: &mut Front, world: &mut World, entry: &SubmissionEntry) -> (Vec<u8>, u64) {
+    let answer = front.admin(world, entry, AdminData::In(8));
+    assert!(!answer.completion.status.is_error(), "{}", answer.completion.status);
+    (answer.data, answer.completion.result)
 }
 
 #[test]
@@ -371,7 +367,7 @@ fn bad_commands_get_the_specified_status() {
         (create(0, MIGRATABLE, true, 0, at), Status::INVALID_FIELD),
         (create(0, MIGRATABLE, true, 4, at), Status::INVALID_FIELD),
         (create(0, MIGRATABLE, true, 68, at), Status::INVALID_FIELD),
-        (create(0, MIGRATABLE, true, u32::MAX & !7, at), Status::NOT_ENOUGH_RESOURCES),
+        (create(0, MIGRATABLE, true, !7, at), Status::NOT_ENOUGH_RESOURCES),
         (create(0, MIGRATABLE, true, (most / 4 + 8) as u32, at), Status::NOT_ENOUGH_RESOURCES),
         (create(0, MIGRATABLE, true, 64, at + 32), Status::PRP_OFFSET_INVALID),
         (create(0, MIGRATABLE, true, 64, 0x7000), Status::DATA_TRANSFER_ERROR),
@@ -415,36 +411,20 @@ fn bad_commands_get_the_specified_status() {
         assert!(done.status().is(status), "{entry:?}: {done:?}, not {status}");
         // None of it is a migratable controller's.
         if !matches!(entry.admin_opcode().0, 0x09 | 0x0a) {
-            let done = guest.run_unless_suspended(&mut world, &mut guest_admin, &entry);
+            let done = run_unless_suspended(&guest, &mut world, &mut guest_admin, &entry);
             assert!(done.is_none_or(|done| done.is(Status::INVALID_OPCODE)), "{entry:?}: {done:?} at the guest's");
         }
     }
 }
 
-trait Patient {
-    fn run_unless_suspended(
-        &mut self,
-        world: &mut World,
-        admin: &mut dray_tests::raw::RawQueue,
-        entry: &SubmissionEntry,
-    ) -> Option<Status>;
-}
-
-impl Patient for RawGuest {
-    /// The command's status; `None` if it is not fetched. A later call finds it done.
-    fn run_unless_suspended(
-        &mut self,
-        world: &mut World,
-        admin: &mut dray_tests::raw::RawQueue,
-        entry: &SubmissionEntry,
-    ) -> Option<Status> {
-        self.push(admin, entry);
-        self.ring(admin);
-        world.rounds(20);
-        let done = self.pop(admin)?;
-        self.ring_head_with(0, admin.head);
-        Some(done.status())
-    }
+/// A command's status; `None` if it is not fetched.
+fn run_unless_suspended(guest: &RawGuest, world: &mut World, admin: &mut RawQueue, entry: &SubmissionEntry) -> Option<Status> {
+    guest.push(admin, entry);
+    guest.ring(admin);
+    world.rounds(20);
+    let done = guest.pop(admin)?;
+    guest.ring_head_with(0, admin.head);
+    Some(done.status())
 }
 
 #[test]
@@ -453,7 +433,7 @@ fn dropping_the_owner_or_resetting_the_manager_deletes_the_queue() {
     let id = bench.owner.id().expect("live");
     let Bench { mut world, mut manager, owner, .. } = bench;
     let get = SubmissionEntry::get_cdq_feature(id);
-    assert!(!manager.admin(&mut world, &get, dray_driver::AdminData::In(8)).completion.status.is_error());
+    assert!(!manager.admin(&mut world, &get, AdminData::In(8)).completion.status.is_error());
     drop(owner);
     for _ in 0..50 {
         world.round(|now| manager.driver.poll(now).work);

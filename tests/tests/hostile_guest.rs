@@ -88,6 +88,7 @@ impl Bench {
     fn refused(&mut self, what: &str, entry: &SubmissionEntry, status: Status) {
         let done = self.run(entry);
         assert!(done.status().is(status), "{what}: {done:?}, not {status}");
+        assert!(done.status().dnr() || status == Status::DATA_TRANSFER_ERROR, "{what}: a retry cannot cure it: {done:?}");
         self.neighbour.is_well(&mut self.world);
     }
 
@@ -125,7 +126,7 @@ fn bad_commands_get_their_status() {
         ("verify past the end", SubmissionEntry::verify(NSID, BLOCKS, 1), Status::LBA_OUT_OF_RANGE),
         ("PRP1 below memory", read(0, 1).with_prps(0x10, 0), Status::DATA_TRANSFER_ERROR),
         ("PRP1 behind memory", read(0, 1).with_prps(end, 0), Status::DATA_TRANSFER_ERROR),
-        ("PRP1 at the top", read(0, 1).with_prps(u64::MAX & !3, 0), Status::DATA_TRANSFER_ERROR),
+        ("PRP1 at the top", read(0, 1).with_prps(!3, 0), Status::DATA_TRANSFER_ERROR),
         ("data that leaves memory", read(0, 16).with_prps(end - 4096, end), Status::DATA_TRANSFER_ERROR),
         ("PRP1 between dwords", read(0, 1).with_prps(good + 1, 0), Status::PRP_OFFSET_INVALID),
         ("PRP2 inside a page", read(0, 16).with_prps(good, good + 512), Status::PRP_OFFSET_INVALID),
@@ -197,7 +198,7 @@ fn a_looped_prp_list_and_nonsense_sgls_end() {
         ("a segment of nothing", SglDescriptor::last_segment(at, 0), Status::SGL_INVALID_SEGMENT),
         ("half a descriptor", SglDescriptor::last_segment(at, 24), Status::SGL_INVALID_SEGMENT),
         ("no segment there", SglDescriptor::last_segment(0x10_0000_0000, 32), Status::DATA_TRANSFER_ERROR),
-        ("4 GiB of segments", SglDescriptor::last_segment(at, u32::MAX & !15), Status::SGL_INVALID_COUNT),
+        ("4 GiB of segments", SglDescriptor::last_segment(at, !15), Status::SGL_INVALID_COUNT),
     ] {
         bench.refused(what, &read.with_sgl(descriptor), status);
     }
@@ -232,7 +233,7 @@ fn a_bad_doorbell_is_ignored_and_reported() {
     guest.ring_head_with(1, 9);
     guest.ring_head_with(1, 16);
     world.rounds(20);
-    assert!(bench.world.counters(0, MIGRATABLE).bad_doorbells >= 4);
+    assert!(bench.world.counters(0, MIGRATABLE).bad_doorbells >= 3, "counted");
     bench.guest.ring_with(1, bench.queue.tail);
     bench.guest.ring_head_with(1, bench.queue.head);
     bench.works();

@@ -535,6 +535,7 @@ fn a_file_holds_what_was_written() {
     let folder = Folder::new("file-backing");
     let path = folder.0.join("namespace");
     let mut bench = Bench::over(11, Side::over(Box::new(file(&path, BYTES))));
+    bench.world.follow_the_clock();
     let mut expected = vec![0; BYTES as usize];
     let mut random = fastrand::Rng::with_seed(11);
     for round in 0..60u64 {
@@ -582,6 +583,7 @@ fn a_full_disk_is_a_status_and_loses_nothing() {
     };
     let backing = file(&disk.0.0.join("namespace"), BYTES);
     let mut bench = Bench::over(12, Side::over(Box::new(backing)));
+    bench.world.follow_the_clock();
     let mut written = Vec::new();
     let mut full = None;
     for i in 0..BYTES / (64 << 10) {

@@ -10,9 +10,10 @@ use dray_driver::{AdminData, CdqConfig, CdqFormat, CdqOwner, DriverConfig, Drive
 use dray_nvme::cdq::{Esa, UDMQ_ENTRY_BYTES, UdmqEntry};
 use dray_nvme::command::{FeatureSelect, GetControllerStateDw0, SequenceIndicator, SubmissionEntry};
 use dray_nvme::feature::FeatureId;
+use dray_nvme::registers::offset;
 use dray_nvme::status::Status;
 use dray_nvme::track::{TrackReceiveHeader, parse_track_receive};
-use dray_tests::rig::{Front, MANAGEMENT, MIGRATABLE, NSID, Side, World, pattern};
+use dray_tests::rig::{Front, HeldBacking, MANAGEMENT, MIGRATABLE, NSID, Side, World, pattern};
 use zerocopy::FromBytes;
 
 const BLOCK: usize = 512;
@@ -30,7 +31,11 @@ struct Pair {
 
 impl Pair {
     fn new(seed: u64) -> Self {
-        let sides = vec![Side::memory(BYTES, BLOCK as u32), Side::memory(BYTES, BLOCK as u32)];
+        Self::over(seed, Side::memory(BYTES, BLOCK as u32))
+    }
+
+    fn over(seed: u64, source: Side) -> Self {
+        let sides = vec![source, Side::memory(BYTES, BLOCK as u32)];
         let fence = sides[0].fence(MIGRATABLE);
         let mut world = World::new(seed, sides);
         let (mut source, destination) = (world.front(0, MANAGEMENT), world.front(1, MANAGEMENT));
@@ -227,6 +232,7 @@ fn a_reset_between_suspend_and_resume_is_the_destinations() {
         let state = pair.state();
         pair.fence.raise();
         pair.move_slot();
+        let before = pair.world.counters(0, MIGRATABLE);
         pair.set_state(state.bytes).expect("the state is taken");
         if whole_function {
             pair.guest.driver.function().reset().expect("a function-level reset");
@@ -239,7 +245,7 @@ fn a_reset_between_suspend_and_resume_is_the_destinations() {
         pair.guest.ready(&mut pair.world);
         let mut io = pair.guest.pair(&mut pair.world, 16, None);
         assert!(!pair.world.run(&mut pair.guest, &mut io, &SubmissionEntry::flush(NSID), &[]).status.is_error());
-        assert_eq!(pair.world.counters(0, MIGRATABLE).resets, 0, "the source has nothing to do with it");
+        assert_eq!(pair.world.counters(0, MIGRATABLE), before, "the source has nothing to do with it");
     }
 }
 
@@ -306,6 +312,40 @@ fn pieces_of_a_state_never_mix_and_a_refused_piece_ends_the_sequence() {
     let (whole, _) = read(&mut pair, 0, 112);
     assert_eq!(rest, whole[48..], "bytes from before Resume");
 
+    refused_pieces(pair, io);
+}
+
+#[test]
+fn a_state_read_while_a_controller_runs_dry_is_not_mixed_with_the_suspended_ones() {
+    let (backing, hold) = HeldBacking::new(BYTES, BLOCK as u32);
+    let mut pair = Pair::over(81, Side::over(Box::new(backing)));
+    let io = pair.guest.pair(&mut pair.world, 16, None);
+    let mut load = Load::new(io, &pair.guest);
+    hold.shut();
+    load.send(&pair.world, 3);
+    pair.world.rounds(10);
+    let suspend = SubmissionEntry::suspend(MIGRATABLE, false, false);
+    let ticket = pair.source.driver.request(pair.world.now, &suspend, AdminData::None).expect("sent");
+    pair.world.rounds(10);
+    let StateSelection { cntlid, csvi, csuuidi } = pair.select;
+    let get = |offset, len: usize| SubmissionEntry::get_controller_state(csvi, cntlid, csuuidi, offset, (len / 4) as u32);
+    let Pair { world, source, .. } = &mut pair;
+    let early = source.admin(world, &get(0, 112), AdminData::In(112));
+    assert!(!GetControllerStateDw0::from_bits(early.completion.result as u32).csup(), "three writes are under way");
+    hold.open();
+    world.wait("Suspend", |now| {
+        let _progress = source.driver.poll(now);
+        source.driver.answer(ticket)
+    });
+    let rest = source.page(world, &get(48, 64), 64);
+    let whole = source.page(world, &get(0, 112), 112);
+    assert_ne!(early.data[48..], whole[48..], "completions were posted meanwhile");
+    assert_eq!(rest, whole[48..]);
+}
+
+/// A piece that is refused ends the sequence: it starts again from offset 0.
+fn refused_pieces(mut pair: Pair, mut io: QueuePair) {
+    let StateSelection { cntlid, csvi, csuuidi } = pair.select;
     let state = pair.state().bytes;
     pair.move_slot();
     let set = |seqind, offset, dwords| SubmissionEntry::set_controller_state(seqind, csvi, cntlid, csuuidi, offset, dwords);
@@ -346,6 +386,7 @@ fn a_fence_holds_through_every_reset() {
         pair.world.round(|now| pair.guest.driver.poll(now).work);
     }
     assert!(!pair.guest.driver.is_ready(), "a fenced controller does not come up");
+    assert_eq!(pair.guest.driver.function().read32(offset::CSTS) & 1, 0, "CSTS.RDY");
     let after = pair.world.counters(0, MIGRATABLE);
     assert_eq!((after.fetched, after.writes), (before.fetched, before.writes), "nothing was fetched");
     pair.fence.lower();
@@ -422,5 +463,6 @@ fn memory_that_a_controller_writes_is_reported_once() {
     assert!(pair.source.status(&mut pair.world, &stop).is(Status::CONTROLLER_SUSPENDED));
     pair.source.ok(&mut pair.world, &SubmissionEntry::resume(MIGRATABLE));
     pair.source.ok(&mut pair.world, &stop);
-    assert!(pair.source.status(&mut pair.world, &receive).is(Status::INVALID_CONTROLLER_ID));
+    let answer = pair.source.admin(&mut pair.world, &receive, AdminData::In(4096));
+    assert!(answer.completion.status.is(Status::INVALID_CONTROLLER_ID), "not tracked any more");
 }

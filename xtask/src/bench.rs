@@ -12,6 +12,8 @@ Usage: cargo xtask bench [--yes] [OPTIONS OF THE BENCH]
 
 Options:
   --filter TEXT  only figures whose name contains TEXT
+  --quick        one short run of each: shows that they can be measured, not what they are
+  --json PATH    where the figures go instead
   --yes          fetch a compiler for the policies without asking
   --help         this text
 

@@ -53,7 +53,8 @@ pub fn measure(plan: &Plan, report: &mut Report) -> Result<(), Failure> {
         let mut bench = Bench::new(Box::new(MemoryBacking::with_memory(disk.clone(), BLOCK as u32)?), Some(disk))?;
         for &(name, kind, depth) in rows.iter().filter(|row| row.1 != Kind::Null) {
             let iops = plan.median(|| bench.run(kind, depth, plan.run_time()))?;
-            report.add(name, iops, "iops", format!("{note}, every {} checked", if kind == Kind::Read { "read" } else { "4096th write" }));
+            let checked = if kind == Kind::Read { "every read checked" } else { "the last 4096 writes looked up" };
+            report.add(name, iops, "iops", format!("{note}, {checked}"));
         }
     }
     for &(name, kind, depth) in rows.iter().filter(|row| row.1 == Kind::Null) {

@@ -241,7 +241,8 @@ impl Bench {
         let least = least_rate(&run.looks) / run.before.iops.max(1) as f64;
         let seconds = run.report.duration_us as f64 / 1e6;
         let good = run.wrong.is_empty() && seconds <= UNBOUNDED.as_secs_f64() && least >= KEPT;
-        let kept = if least.is_finite() { format!("{:.0} % of its rate", least * 100.0) } else { "all, it was over so soon".into() };
+        let share = format!("{:.0} % of its rate", least * 100.0);
+        let kept = if least.is_finite() { share } else { "all, it was over so soon".to_owned() };
         let rounds = run.report.rounds.count();
         let note = format!("{seconds:.2} s, {rounds} rounds; {} commands/s before, kept in 100 ms: {kept}", run.before.iops);
         let wrong = if run.wrong.is_empty() { String::new() } else { format!("; {}", run.wrong) };
