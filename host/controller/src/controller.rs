@@ -18,7 +18,7 @@ use dray_device::slot::{Connector, Fence, Port};
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::event::{EventType, error_info};
 use dray_nvme::log::LogId;
-use dray_nvme::registers::{Cap, Vs, offset};
+use dray_nvme::registers::{Cap, Cc, Vs, offset};
 use dray_nvme::status::Status;
 
 /// The version that the controllers claim (VS): 1.4 keeps older drivers content; live migration is told by its own bits.
@@ -59,6 +59,9 @@ pub(crate) struct Controller {
     pub(crate) ready: Vec<Ready>,
     signal: Vec<u16>,
     pub(crate) enabled: bool,
+    /// Was reset while backings had operations of it under way: until they have ended, CSTS.RDY stays and nothing is enabled. A
+    /// host that finds RDY cleared may use its memory again, and an old write must not come after a new one (Base 2.3 §3.7.2).
+    pub(crate) ending: bool,
     /// CSTS.CFS.
     pub(crate) fatal: bool,
     pub(crate) shutdown: Shutdown,
@@ -67,6 +70,9 @@ pub(crate) struct Controller {
     pub(crate) run: Run,
     /// State was committed and not resumed yet.
     pub(crate) restored: bool,
+    /// The slot was pointed elsewhere while the controller was suspended. What it has is of before: it looks at nothing until
+    /// Resume (the move was undone) or Set Controller State (the function comes back from elsewhere).
+    pub(crate) parted: bool,
     pub(crate) admin: AdminState,
     pub(crate) features: Features,
     pub(crate) limit: Limit,
@@ -106,12 +112,14 @@ impl Controller {
             ready: Vec::with_capacity(usize::from(subsystem.contexts) + BUDGET as usize + 32),
             signal: Vec::with_capacity(queues),
             enabled: false,
+            ending: false,
             fatal: false,
             shutdown: Shutdown::None,
             cc_seen: 0,
             resets_seen: 0,
             run: Run::Active,
             restored: false,
+            parted: false,
             admin: AdminState::new(),
             features: Features::new(config.vectors),
             limit: Limit::none(),
@@ -160,6 +168,10 @@ impl Controller {
             self.released = self.engine.contexts.oldest_generation(generation);
             self.engine.reader.release(self.released);
         }
+        if self.ending && self.engine.is_quiet() {
+            self.ending = false;
+            self.publish_status(port);
+        }
         // Registers first: a guest may disable its controller and unmap its queues between two polls.
         self.registers(port, shared);
         if remapped && self.run != Run::Suspended {
@@ -192,6 +204,8 @@ impl Controller {
         if self.run == Run::Active {
             // The function is in another slot, or in none: nothing of the old one goes on.
             self.reset(shared);
+        } else if self.enabled {
+            self.parted = true;
         }
         self.port = change;
         let Some(port) = &self.port else { return };
@@ -204,7 +218,14 @@ impl Controller {
         }
     }
 
-    /// A restored controller whose manager was reset before Resume cannot go on: it waits, fatal, for the guest's reset.
+    /// It is suspended, and what it has is not what the function in its slot had last: it may only go on by Resume.
+    pub(crate) fn waits_for_resume(&self) -> bool {
+        let enabled = |port: &Port| Cc::from_bits(port.bar().load32(offset::CC)).en();
+        let is_new = !self.enabled && self.port.as_ref().is_some_and(enabled);
+        self.run != Run::Active && (self.restored || self.parted || is_new)
+    }
+
+    /// A controller that waited for Resume and whose manager was reset cannot go on: it waits, fatal, for the guest's reset.
     pub(crate) fn fail_restored(&mut self, shared: &mut Shared) {
         self.reset(shared);
         self.fatal = true;
@@ -225,9 +246,10 @@ impl Controller {
         self.engine.wce = true;
         self.management = None;
         self.enabled = false;
+        self.ending = !self.engine.is_quiet();
         self.fatal = false;
         self.shutdown = Shutdown::None;
-        self.restored = false;
+        (self.restored, self.parted) = (false, false);
         self.engine.counters.resets += 1;
         self.was_reset = true;
         self.end_suspension(shared);
@@ -560,7 +582,7 @@ impl Controller {
                 }
             }
         }
-        self.restored = false;
+        (self.restored, self.parted) = (false, false);
         self.end_suspension(shared);
         Ok(())
     }

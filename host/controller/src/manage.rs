@@ -136,7 +136,7 @@ impl Subsystem {
         for controller in self.controllers.iter_mut().filter(|c| !c.is_manager()) {
             controller.engine.log = None;
             controller.engine.tracker = None;
-            if controller.restored {
+            if controller.waits_for_resume() {
                 controller.fail_restored(&mut self.shared);
             }
             controller.end_suspension(&mut self.shared);

@@ -31,7 +31,7 @@ impl Controller {
             Shutdown::Flushing { .. } => ShutdownStatus::IN_PROGRESS,
             Shutdown::Complete => ShutdownStatus::COMPLETE,
         };
-        Csts::new().with_rdy(self.enabled).with_cfs(self.fatal).with_shst(shst).into_bits()
+        Csts::new().with_rdy(self.enabled || self.ending).with_cfs(self.fatal).with_shst(shst).into_bits()
     }
 
     /// Takes failure and shutdown over from the CSTS of a restored state; a shutdown that was under way begins again.
@@ -47,7 +47,7 @@ impl Controller {
 
     #[inline]
     pub(crate) fn registers(&mut self, port: &Port, shared: &mut Shared) {
-        if self.run != Run::Active && (!self.enabled || self.restored) {
+        if self.run != Run::Active && (!self.enabled || self.restored || self.parted) {
             return;
         }
         // Falls first: one that comes between the two loads is seen next time, or as CC.EN = 0 now.
@@ -68,6 +68,9 @@ impl Controller {
     }
 
     pub(crate) fn configure(&mut self, port: &Port, cc: Cc) {
+        if self.ending {
+            return;
+        }
         let before = Cc::from_bits(self.cc_seen);
         self.cc_seen = cc.into_bits();
         if cc.en() && !self.enabled && !self.fatal {

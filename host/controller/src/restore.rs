@@ -5,6 +5,7 @@
 //! memory before anything changes. The controller stays suspended and looks at nothing until Resume; then it takes the
 //! doorbells as they stand, and a fall of CC.EN since the state was taken ([`VendorState::bar_resets`]) as a reset to be done.
 
+use crate::admin::AdminState;
 use crate::admin::queues::QueueRequest;
 use crate::controller::{Controller, Run};
 use crate::queue::{Cq, Sq};
@@ -105,8 +106,9 @@ impl Controller {
     pub(crate) fn restore(&mut self, state: &ControllerState, shared: &mut Shared) -> Result<(), Status> {
         self.take_port(shared);
         self.engine.reader.refresh();
-        if std::mem::take(&mut self.restored) {
+        if std::mem::take(&mut self.restored) | std::mem::take(&mut self.parted) {
             self.drop_queues();
+            self.admin = AdminState::new();
             self.enabled = false;
         }
         if self.cqs.iter().skip(1).any(Option::is_some) && !state.cqs.is_empty() {

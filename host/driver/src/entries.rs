@@ -34,21 +34,30 @@ impl Entries {
     #[inline]
     fn look(&mut self, most: u64) {
         let end = self.seen.saturating_add(most).min(self.returned + u64::from(self.slots));
-        let bytes = self.format.entry_bytes as usize;
-        let mut index = self.index(self.seen);
-        let mut phase = (self.seen / u64::from(self.slots)).is_multiple_of(2);
-        let mut at = self.at + index * bytes + self.format.phase_byte as usize;
-        while self.seen < end && (self.arena.load8(at, Ordering::Relaxed) & self.format.phase_mask != 0) == phase {
-            self.seen += 1;
-            index += 1;
-            at += bytes;
-            if index == self.slots as usize {
-                (index, phase) = (0, !phase);
-                at = self.at + self.format.phase_byte as usize;
+        while self.seen < end {
+            // Up to the end of the ring all new entries have the same phase tag.
+            let index = self.index(self.seen);
+            let run = (end - self.seen).min(u64::from(self.slots) - index as u64) as usize;
+            let phase = (self.seen / u64::from(self.slots)).is_multiple_of(2);
+            let new = self.count_phase(index, run, phase);
+            self.seen += new as u64;
+            if new < run {
+                break;
             }
         }
         // Nothing else of the entries is read before their phase tags.
         fence(Ordering::Acquire);
+    }
+
+    /// How many of the `run` slots from `index` on have the phase tag, up to the first that has not.
+    #[inline]
+    fn count_phase(&self, index: usize, run: usize, phase: bool) -> usize {
+        let CdqFormat { entry_bytes, phase_byte, phase_mask } = self.format;
+        let (arena, stride) = (&*self.arena, entry_bytes as usize);
+        let want = if phase { phase_mask } else { 0 };
+        let first = self.at + index * stride + phase_byte as usize;
+        let differs = |slot: &usize| arena.load8(first + slot * stride, Ordering::Relaxed) & phase_mask != want;
+        (0..run).find(differs).unwrap_or(run)
     }
 
     /// Copies up to `max` new entries, oldest first, and returns how many.

@@ -100,8 +100,8 @@ fn read(name: &'static str, calls: &Calls) -> Result<Side, Refusal> {
 }
 
 fn judge(source: &Calls, destination: &Calls, parts: &mut Parts) -> Result<(), Refusal> {
-    let (source, destination) = (read("source", source)?, read("destination", destination)?);
     roles(parts)?;
+    let (source, destination) = (read("source", source)?, read("destination", destination)?);
     let mut geometries = Vec::new();
     for (index, &(from, to)) in parts.config.namespaces.iter().enumerate() {
         geometries.push(geometry(from, to, &source, &destination, index)?);

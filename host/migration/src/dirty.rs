@@ -97,9 +97,20 @@ impl DirtyMap {
     }
 
     /// Sets the granules that hold any of the blocks; what lies past the end is left out. Returns how many were not set.
-    #[inline]
+    #[inline(always)]
     pub fn mark(&mut self, slba: u64, blocks: u64) -> u64 {
         let Some((first, last)) = self.outwards(slba, blocks) else { return 0 };
+        self.mark_granules(first, last)
+    }
+
+    /// As [`mark`](Self::mark), from one block to another, both within the namespace and the last not before the first.
+    #[inline(always)]
+    pub(crate) fn mark_to(&mut self, slba: u64, last: u64) -> u64 {
+        self.mark_granules(slba >> self.shift, last >> self.shift)
+    }
+
+    #[inline(always)]
+    fn mark_granules(&mut self, first: u64, last: u64) -> u64 {
         let word = first >> 6;
         if word != last >> 6 {
             return self.mark_words(first, last);
@@ -107,19 +118,20 @@ impl DirtyMap {
         self.mark_word(word as usize, mask(first & 63, last & 63))
     }
 
-    #[inline]
+    #[inline(always)]
     fn mark_word(&mut self, word: usize, mask: u64) -> u64 {
         let old = self.bits[word];
         if old & mask == mask {
             return 0;
         }
         self.bits[word] = old | mask;
+        // The bits of a mask are neighbours: where none was set they need not be counted one by one.
+        let newly = if old & mask == 0 { 64 - mask.leading_zeros() - mask.trailing_zeros() } else { (mask & !old).count_ones() };
         if old == 0 {
             self.raise(word);
         }
-        let newly = u64::from((mask & !old).count_ones());
-        self.set += newly;
-        newly
+        self.set += u64::from(newly);
+        u64::from(newly)
     }
 
     #[cold]
@@ -132,16 +144,28 @@ impl DirtyMap {
         newly + self.mark_word(to as usize, mask(0, last & 63))
     }
 
+    /// Says in the summaries that a word has bits. The lowest two are written without a look at what they said: in a map that is
+    /// nearly clean that is anybody's guess, and a wrong guess costs more than the second write.
+    #[inline]
     fn raise(&mut self, mut below: usize) {
-        for level in &mut self.summaries {
+        for (depth, level) in self.summaries.iter_mut().enumerate() {
             let (word, bit) = (below >> 6, 1 << (below & 63));
             let old = level[word];
             level[word] = old | bit;
-            if old != 0 {
+            if depth > 0 && old != 0 {
                 return;
             }
             below = word;
         }
+    }
+
+    /// The word that holds a block's bit, 0 past the end: marks of many places first load all their words, so that the loads
+    /// that miss the caches run side by side.
+    #[inline]
+    #[must_use]
+    pub fn peek(&self, slba: u64) -> u64 {
+        let word = usize::try_from(slba >> self.shift >> 6).unwrap_or(usize::MAX);
+        self.bits.get(word).copied().unwrap_or(0)
     }
 
     /// Clears the granules that lie within the blocks altogether. Returns how many were set.
@@ -187,6 +211,17 @@ impl DirtyMap {
     #[must_use]
     pub fn all_marked(&self, slba: u64, blocks: u64) -> bool {
         let Some((first, last)) = self.outwards(slba, blocks) else { return true };
+        self.granules_marked(first, last)
+    }
+
+    /// As [`all_marked`](Self::all_marked), from one block to another, both within the namespace and the last not before the first.
+    #[inline]
+    pub(crate) fn marked_to(&self, slba: u64, last: u64) -> bool {
+        self.granules_marked(slba >> self.shift, last >> self.shift)
+    }
+
+    #[inline]
+    fn granules_marked(&self, first: u64, last: u64) -> bool {
         let (from, to) = ((first >> 6) as usize, (last >> 6) as usize);
         if from == to {
             let mask = mask(first & 63, last & 63);

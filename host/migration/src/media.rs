@@ -133,32 +133,59 @@ impl Moving {
 
     /// Marks blocks as dirty that are to be copied (again), without counting a change; what lies past the end is left out.
     /// Returns how many granules were clean.
-    #[inline]
+    #[inline(always)]
     pub fn mark_again(&mut self, slba: u64, blocks: u64) -> u64 {
-        if blocks == 0 || slba >= self.geometry.blocks {
-            return 0;
-        }
-        let region = (slba >> self.region_log2) as usize;
-        let last = slba.saturating_add(blocks - 1).min(self.geometry.blocks - 1);
-        if region != (last >> self.region_log2) as usize {
-            return self.mark_regions(slba, last);
-        }
-        let newly = self.dirty.mark(slba, blocks);
-        if newly > 0 {
-            self.regions[region].dirty += newly as u32;
+        let Some((region, last)) = self.one_region(slba, blocks) else { return self.mark_regions(slba, blocks) };
+        let newly = self.dirty.mark_to(slba, last);
+        self.regions[region].dirty += newly as u32;
+        newly
+    }
+
+    /// The region that all the blocks lie in and the last of them; none for no blocks, for more than one region and for what
+    /// leaves the namespace.
+    #[inline(always)]
+    fn one_region(&self, slba: u64, blocks: u64) -> Option<(usize, u64)> {
+        let last = slba.wrapping_add(blocks).wrapping_sub(1);
+        let region = slba >> self.region_log2;
+        let one = (slba <= last) & (last < self.geometry.blocks) & (region == last >> self.region_log2);
+        one.then_some((region as usize, last))
+    }
+
+    #[cold]
+    fn mark_regions(&mut self, slba: u64, blocks: u64) -> u64 {
+        let end = slba.saturating_add(blocks).min(self.geometry.blocks);
+        let (mut at, mut newly) = (slba, 0);
+        while at < end {
+            let next = (((at >> self.region_log2) + 1) << self.region_log2).min(end);
+            let part = self.dirty.mark(at, next - at);
+            self.regions[(at >> self.region_log2) as usize].dirty += part as u32;
+            newly += part;
+            at = next;
         }
         newly
     }
 
+    /// The second look at blocks that were reported as changed: marks what is not marked, and counts the change for policies.
+    /// Returns how many granules were clean.
+    #[inline(always)]
+    pub fn mark_reported(&mut self, slba: u64, blocks: u64, now_ms: u32) -> u64 {
+        let Some((region, last)) = self.one_region(slba, blocks) else { return self.mark_reported_regions(slba, blocks, now_ms) };
+        let marked = self.dirty.marked_to(slba, last);
+        let region = &mut self.regions[region];
+        region.changed = region.changed.saturating_add(u32::try_from(blocks).unwrap_or(u32::MAX));
+        region.changed_ms = now_ms;
+        if marked { 0 } else { self.mark_omitted(slba, blocks) }
+    }
+
     #[cold]
-    fn mark_regions(&mut self, slba: u64, last: u64) -> u64 {
-        let (mut at, mut newly) = (slba, 0);
-        while at <= last {
-            let end = ((at >> self.region_log2) + 1) << self.region_log2;
-            newly += self.mark_again(at, end.min(last + 1) - at);
-            at = end;
-        }
-        newly
+    fn mark_reported_regions(&mut self, slba: u64, blocks: u64, now_ms: u32) -> u64 {
+        self.count_change(slba, blocks, now_ms);
+        self.mark_omitted(slba, blocks)
+    }
+
+    #[cold]
+    fn mark_omitted(&mut self, slba: u64, blocks: u64) -> u64 {
+        if self.all_marked(slba, blocks) { 0 } else { self.mark(slba, blocks) }
     }
 
     /// Whether the blocks are marked, or lie in regions that are still to be marked whole.
@@ -175,8 +202,7 @@ impl Moving {
     }
 
     /// Counts a reported change of blocks within the namespace, for what policies see.
-    #[inline]
-    pub fn count_change(&mut self, slba: u64, blocks: u64, now_ms: u32) {
+    fn count_change(&mut self, slba: u64, blocks: u64, now_ms: u32) {
         let (mut at, end) = (slba, slba.saturating_add(blocks).min(self.geometry.blocks));
         while at < end {
             let index = (at >> self.region_log2) as usize;
@@ -359,15 +385,6 @@ impl Media {
     #[must_use]
     pub fn namespace(&mut self, index: usize) -> Option<&mut Moving> {
         self.namespaces.get_mut(index)
-    }
-
-    /// The only namespace, where there is one.
-    #[inline]
-    pub fn single(&mut self) -> Option<&mut Moving> {
-        match self.namespaces.as_mut_slice() {
-            [only] => Some(only),
-            _ => None,
-        }
     }
 
     /// The place of a source NSID.

@@ -19,7 +19,7 @@ fn counters_follow_the_map_over_region_bounds() {
     let n = media.namespace(1).expect("namespace");
     assert_eq!(n.region_blocks(), 2048);
     n.mark(2040, 20);
-    n.count_change(2040, 20, 7);
+    n.mark_reported(2040, 20, 7);
     let seen: Vec<_> = regions(&media)[4..].iter().map(|r| (r.slba, r.blocks, r.dirty, r.changed, r.idle_ms)).collect();
     assert_eq!(seen, [(0, 2048, 8, 8, 43), (2048, 2048, 16, 12, 43), (4096, 904, 0, 0, NEVER)]);
     let n = media.namespace(1).expect("namespace");

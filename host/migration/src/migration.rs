@@ -91,6 +91,8 @@ impl Migration {
             report: Report::default(),
             began: now,
             epoch: 0,
+            suspends: None,
+            writing: false,
             hint: None,
             throttle: Throttle::default(),
             late_plans: 0,

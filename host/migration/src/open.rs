@@ -45,7 +45,7 @@ impl Opening {
             },
             Self::Starting { start, suspend, began, recorded } => {
                 if recorded.is_none()
-                    && let Some(result) = parts.hooks.journal.poll()
+                    && let Some(result) = parts.recorded()
                 {
                     if let Err(error) = result {
                         return Turn::Back(Reason::Journal(error.to_string()));

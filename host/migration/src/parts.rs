@@ -4,7 +4,7 @@ use crate::calls::Calls;
 use crate::config::MigrationConfig;
 use crate::copy::Engine;
 use crate::extents::Extents;
-use crate::hooks::{Hooks, Owner, Record, RecordPhase};
+use crate::hooks::{Hooks, JournalError, Owner, Record, RecordPhase};
 use crate::media::Media;
 use crate::mmc::Mmc;
 use crate::pump::{Pump, PumpStats};
@@ -93,6 +93,11 @@ pub(crate) struct Parts {
     pub(crate) report: Report,
     pub(crate) began: Time,
     pub(crate) epoch: u64,
+    /// Suspend of the source's controllers, as long as it is not answered: what is undone meanwhile must wait for it, or it
+    /// would suspend a controller that nobody resumes.
+    pub(crate) suspends: Option<Calls>,
+    /// A record is being written: no other may be begun.
+    pub(crate) writing: bool,
     /// Why the drive's reports are a hint only; everything is compared then.
     pub(crate) hint: Option<String>,
     pub(crate) throttle: Throttle,
@@ -143,7 +148,15 @@ impl Parts {
     pub(crate) fn record(&mut self, owner: Owner, phase: RecordPhase, fenced: bool) {
         self.epoch += 1;
         self.footing.recorded = true;
+        self.writing = true;
         self.hooks.journal.write(&Record { migration: self.config.id, epoch: self.epoch, owner, phase, fenced });
+    }
+
+    /// How the record that is being written has ended; `None` while it has not, or when there is none.
+    pub(crate) fn recorded(&mut self) -> Option<Result<(), JournalError>> {
+        let ended = self.hooks.journal.poll()?;
+        self.writing = false;
+        Some(ended)
     }
 
     /// Drains every queue a bounded amount. Returns entries given back.

@@ -70,6 +70,9 @@ struct Asked {
     late: bool,
 }
 
+/// Ranges whose words are loaded before the first of them is marked.
+const AHEAD: usize = 32;
+
 /// Drains one queue.
 #[derive(Debug)]
 pub struct Pump {
@@ -343,35 +346,43 @@ impl Pump {
 
     /// Neighbouring entries are marked as one run: writers write in sequences, and the map is touched once.
     #[inline]
-    fn mark_all(&mut self, entries: impl Iterator<Item = UdmqEntry>, now_ms: u32, media: &mut Media) -> u64 {
+    fn mark_all(&mut self, entries: impl Iterator<Item = UdmqEntry> + Clone, now_ms: u32, media: &mut Media) -> u64 {
         let mut second = Second { now_ms, omitted: 0, outside: 0 };
-        let mut run = Run::default();
-        for entry in entries {
-            if udmq::is_plain(&entry) {
-                let end = entry.slba.saturating_add(u64::from(entry.nlb) + 1);
-                if entry.slba == run.end && entry.nsid == run.nsid {
-                    run.end = end;
-                    continue;
-                }
+        let (mut run, mut special) = (Run::default(), false);
+        for entry in entries.clone() {
+            let end = entry.slba.saturating_add(u64::from(entry.nlb) + 1);
+            let plain = udmq::is_plain(&entry);
+            if plain & (entry.slba == run.end) & (entry.nsid == run.nsid) {
+                run.end = end;
+            } else if plain {
                 second.mark(run, media);
                 run = Run { nsid: entry.nsid, slba: entry.slba, end };
-                continue;
+            } else {
+                special = true;
             }
+        }
+        second.mark(run, media);
+        if special {
+            self.mark_specials(entries, &mut second, media);
+        }
+        self.stats.outside += second.outside;
+        second.omitted
+    }
+
+    /// The entries that are more than a range. Their order among the others carries no meaning.
+    #[cold]
+    fn mark_specials(&mut self, entries: impl Iterator<Item = UdmqEntry>, second: &mut Second, media: &mut Media) {
+        for entry in entries.filter(|entry| !udmq::is_plain(entry)) {
             udmq::mark(&entry, &mut self.marks);
             match entry.changed() {
-                Changed::Range { nsid, slba, blocks } => {
-                    second.mark(Run { nsid, slba, end: slba.saturating_add(blocks) }, media);
-                }
+                Changed::Range { nsid, slba, blocks } => second.mark(Run { nsid, slba, end: slba.saturating_add(blocks) }, media),
                 Changed::Namespace { nsid } => second.omitted += whole(nsid, media),
                 Changed::Nothing | Changed::Unknown => {}
             }
         }
-        second.mark(run, media);
-        self.stats.outside += second.outside;
         if std::mem::take(&mut self.marks.everything) {
             media.mark_everything();
         }
-        second.omitted
     }
 }
 
@@ -402,10 +413,7 @@ impl Second {
             return;
         };
         self.outside += u64::from(run.end > namespace.geometry.blocks);
-        if !namespace.all_marked(run.slba, blocks) {
-            self.omitted += namespace.mark(run.slba, blocks) * namespace.dirty().granule_blocks();
-        }
-        namespace.count_change(run.slba, blocks, self.now_ms);
+        self.omitted += namespace.mark_reported(run.slba, blocks, self.now_ms) * namespace.dirty().granule_blocks();
     }
 }
 
@@ -426,7 +434,20 @@ fn whole(nsid: u32, media: &mut Media) -> u64 {
 
 /// Marks what a policy returned.
 fn mark_ranges(bytes: &[u8], media: &mut Media) {
-    for range in packed::ranges(bytes) {
+    for group in bytes.chunks(AHEAD * packed::RANGE_BYTES) {
+        load_words(group, media);
+        mark_group(group, media);
+    }
+}
+
+/// Loads the words that the ranges begin in, which have nothing to wait for but memory.
+fn load_words(group: &[u8], media: &Media) {
+    let word = |range: packed::Range| media.namespaces().get(media.find(range.nsid)?).map(|n| n.dirty().peek(range.slba));
+    std::hint::black_box(packed::ranges(group).filter_map(word).fold(0, u64::wrapping_add));
+}
+
+fn mark_group(group: &[u8], media: &mut Media) {
+    for range in packed::ranges(group) {
         let Some(namespace) = media.find(range.nsid).and_then(|index| media.namespace(index)) else { continue };
         if range.blocks == 0 {
             namespace.mark_everything();

@@ -182,7 +182,7 @@ impl Rounds {
 
     fn probed(&mut self, parts: &mut Parts, now: Time) -> Option<Turn> {
         let since = self.probe?;
-        match parts.hooks.journal.poll() {
+        match parts.recorded() {
             Some(Ok(())) => parts.costs.journal_us = now.us_since(since),
             Some(Err(error)) => return Some(Turn::Back(Reason::Journal(error.to_string()))),
             None if now.us_since(since) / 1000 >= parts.config.limits.step_ms => {

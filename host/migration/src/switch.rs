@@ -28,6 +28,8 @@ pub(crate) struct Switch {
     copied_before: u64,
     reads: Vec<ReadState>,
     states: Vec<Vec<u8>>,
+    /// Behind the fence each controller of the source is asked whether it is still suspended.
+    confirm: Vec<Calls>,
     writes: Vec<WriteState>,
     asking: Option<Asking>,
     /// Since when, and why, controllers were asked before some of them were resumed again.
@@ -62,6 +64,7 @@ impl Switch {
             copied_before: 0,
             reads: Vec::new(),
             states: Vec::new(),
+            confirm: Vec::new(),
             writes: Vec::new(),
             asking: None,
             asked: None,
@@ -123,7 +126,7 @@ impl Switch {
             Step::Compare => self.compare(parts),
             Step::ReadState => self.read_state(parts, now),
             Step::Record => self.record(parts),
-            Step::Point => Ok(self.point(parts)),
+            Step::Point => self.point(parts, now),
             Step::SetState => self.set_state(parts, now),
             Step::Resume => self.resume(parts, now),
         }
@@ -170,21 +173,23 @@ impl Switch {
 
     /// The whole set is suspended (rule 7); from the command on the guest waits.
     fn suspend(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
-        if self.calls.is_none() {
+        if parts.suspends.is_none() {
             self.suspended_at = now;
             parts.source.forbid_reset(true);
             for pump in parts.taps.iter_mut().filter_map(|tap| tap.pump.as_mut()) {
                 pump.hurry(true);
             }
             parts.footing.suspended = true;
-            self.calls = Some(suspend(&parts.sources()));
+            parts.suspends = Some(suspend(&parts.sources()));
         }
-        let Some(calls) = &mut self.calls else { return Ok(Gone::On) };
+        let Some(calls) = &mut parts.suspends else { return Ok(Gone::On) };
         if !calls.poll(now, parts.source.as_mut()) {
             return Ok(Gone::On);
         }
-        match calls.failure() {
-            Some(answer) => Err(format!("Suspend at the source: {}", words(answer))),
+        let failure = calls.failure().map(|answer| format!("Suspend at the source: {}", words(answer)));
+        parts.suspends = None;
+        match failure {
+            Some(what) => Err(what),
             None => Ok(Gone::To(Step::Drain)),
         }
     }
@@ -283,25 +288,40 @@ impl Switch {
     }
 
     fn record(&mut self, parts: &mut Parts) -> Result<Gone, String> {
-        match parts.hooks.journal.poll() {
+        match parts.recorded() {
             None => Ok(Gone::On),
             Some(Ok(())) => Ok(Gone::To(Step::Point)),
             Some(Err(error)) => Err(error.to_string()),
         }
     }
 
-    /// The fence, then the slots: the destination's controllers are suspended and fetch nothing yet.
-    fn point(&mut self, parts: &mut Parts) -> Gone {
-        parts.footing.pointed = true;
-        parts.hooks.fence.raise();
-        for cntlid in parts.sources() {
-            parts.hooks.slot.point_at_destination(cntlid);
+    /// The fence, then the slots: the destination's controllers are suspended and fetch nothing yet. Suspension is no fence (rule
+    /// 9): only a source that is still suspended behind its fence has done nothing since its state was read.
+    fn point(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
+        if self.confirm.is_empty() {
+            parts.footing.pointed = true;
+            parts.hooks.fence.raise();
+            for cntlid in parts.sources() {
+                parts.hooks.slot.point_at_destination(cntlid);
+            }
+            self.confirm = parts.sources().iter().map(|&cntlid| ask_header(cntlid, parts.formats.source)).collect();
+        }
+        let mut over = true;
+        for calls in &mut self.confirm {
+            over &= calls.poll(now, parts.source.as_mut());
+        }
+        if !over {
+            return Ok(Gone::On);
+        }
+        if !self.confirm.iter().all(|calls| calls.answers().next().and_then(suspended) == Some(true)) {
+            parts.footing.hole = true;
+            return Err("the source was not suspended throughout".to_owned());
         }
         let format = parts.formats.destination;
         let states = std::mem::take(&mut self.states);
         self.writes =
             parts.destinations().iter().zip(states).map(|(&cntlid, state)| WriteState::new(cntlid, format, state)).collect();
-        Gone::To(Step::SetState)
+        Ok(Gone::To(Step::SetState))
     }
 
     fn set_state(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {

@@ -32,7 +32,7 @@ impl Completing {
 
     /// The destination serves whatever happens here: the "moved" record says so, and the fence is up.
     pub(crate) fn poll(&mut self, parts: &mut Parts, now: Time) -> Turn {
-        self.recorded |= parts.hooks.journal.poll().is_some();
+        self.recorded |= parts.recorded().is_some();
         let late = now.us_since(self.since) / 1000 >= parts.config.limits.undo_ms;
         if !self.recorded && !late {
             return Turn::Stay;
@@ -99,9 +99,12 @@ impl Undoing {
                 if !parts.footing.moved {
                     self.step = Step::Resume(None);
                 } else if !*written {
-                    *written = true;
-                    parts.record(Owner::Source, RecordPhase::Copying, false);
-                } else if let Some(result) = parts.hooks.journal.poll() {
+                    // One record at a time: how an earlier one ends no longer matters.
+                    if !parts.writing || parts.recorded().is_some() {
+                        *written = true;
+                        parts.record(Owner::Source, RecordPhase::Copying, false);
+                    }
+                } else if let Some(result) = parts.recorded() {
                     match result {
                         Ok(()) => {
                             parts.footing.moved = false;
@@ -134,10 +137,10 @@ impl Undoing {
                 if !parts.footing.recorded {
                     return Turn::End(Outcome::Undone(self.reason.clone()));
                 }
-                if !*written {
+                if !*written && (!parts.writing || parts.recorded().is_some()) {
                     *written = true;
                     parts.record(Owner::Source, RecordPhase::Undone, false);
-                } else if parts.hooks.journal.poll().is_some() || late {
+                } else if *written && parts.recorded().is_some() || late {
                     // The record before says "source" as well.
                     return Turn::End(Outcome::Undone(self.reason.clone()));
                 }
@@ -178,6 +181,20 @@ impl Undoing {
             parts.source.reset(now);
             *calls = None;
             return false;
+        }
+        if let Some(open) = &mut parts.suspends {
+            // Suspend is still under way: a Resume before it ends would be too early. One that does not end, ends by a reset.
+            if !open.poll(now, parts.source.as_mut()) {
+                if now.us_since(self.since) / 1000 >= parts.config.limits.step_ms && !self.reset {
+                    self.trouble = "Suspend does not end".to_owned();
+                    self.reset = true;
+                    parts.footing.hole = true;
+                    parts.source.forbid_reset(false);
+                    parts.source.reset(now);
+                }
+                return false;
+            }
+            parts.suspends = None;
         }
         let sources = parts.sources();
         let open = calls.get_or_insert_with(|| resume(&sources));

@@ -318,10 +318,9 @@ impl Engine {
             namespace.copied(piece.slba, piece.blocks);
             self.stats.copied += bytes;
             self.stats.zero += if slot.zero { bytes } else { 0 };
+            self.uncorrectable.retain(|u| u.nsid != nsid || u.lba < piece.slba || u.lba >= piece.end());
             if marking {
                 self.uncorrectable.push(Uncorrectable { nsid, lba: piece.slba });
-            } else {
-                self.uncorrectable.retain(|u| u.nsid != nsid || u.lba < piece.slba || u.lba >= piece.end());
             }
         }
         let slot = &mut self.slots[index];

@@ -1,11 +1,42 @@
 //! Drains a user data migration queue: merges neighbouring ranges, gives everything back, looks again soon.
 
 use super::Settings;
-use crate::packed::{MAX_RANGE_BLOCKS, RANGE_BYTES, Range};
+use crate::packed::{MAX_RANGE_BLOCKS, Range};
 use crate::role::{Cdq, CdqAnswer, CdqRequest};
 use crate::seam::{Fault, NamespaceInfo, Opening, Policy};
 use crate::udmq;
-use dray_nvme::cdq::{Changed, UDMQ_ENTRY_BYTES, UdmqEntry};
+use dray_nvme::cdq::{Changed, LbaMqa, UDMQ_ENTRY_BYTES, UDMQ_PHASE_MASK, UdmqEntry};
+
+/// A range that grows. The empty one is followed by nothing: its limit is 0.
+#[derive(Clone, Copy, Default)]
+struct Run {
+    slba: u64,
+    end: u64,
+    /// The end that it may have at most: of its namespace, and of what a record can say.
+    limit: u64,
+    nsid: u32,
+    /// Byte 31 of its entries, which are ordinary ones.
+    attributes: u8,
+}
+
+impl Run {
+    /// Where an entry ends that lengthens the range: one of the same kind (all of byte 31 but the phase), next to it, not too long.
+    #[inline]
+    fn followed_by(&self, entry: &UdmqEntry) -> Option<u64> {
+        let kind = (u8::from(entry.lbamqa) ^ self.attributes) & !UDMQ_PHASE_MASK;
+        let end = self.end + u64::from(entry.nlb) + 1;
+        let follows = (entry.slba == self.end) & (entry.nsid == self.nsid) & (kind == 0) & (end <= self.limit);
+        follows.then_some(end)
+    }
+
+    #[inline]
+    fn push(&self, ranges: &mut Vec<u8>) {
+        if self.end > self.slba {
+            let deallocated = LbaMqa::from(self.attributes).dlba();
+            Range { slba: self.slba, blocks: (self.end - self.slba) as u32, deallocated, nsid: self.nsid }.push(ranges);
+        }
+    }
+}
 
 /// The native `cdq` policy. Settings: `batch-wait-us`, `batch-entries`.
 #[derive(Debug)]
@@ -37,39 +68,32 @@ impl NativeCdq {
         })
     }
 
-    /// Merges the ordinary entries. Every entry writes the range that it begins or lengthens, so that there is no branch on
-    /// whether it is one or the other. Returns how many ranges there are, and whether entries were left to
-    /// [`specials`](Self::specials).
-    fn merge(&self, entries: impl Iterator<Item = UdmqEntry>, out: &mut [[u8; RANGE_BYTES]]) -> (usize, bool) {
-        let mut place = self.namespaces.first().copied().unwrap_or(NamespaceInfo { nsid: 0, blocks: 0, block_bytes: 0 });
-        let (mut count, mut special) = (0, false);
-        // The run that grows: its first LBA, its end, and the upper half of its record without the blocks (no record has all bits).
-        let (mut run_slba, mut run_end, mut run_kind) = (0, 0, u64::MAX);
+    /// Merges the ordinary entries. Returns whether others were left to [`specials`](Self::specials).
+    fn merge(&self, entries: impl Iterator<Item = UdmqEntry>, ranges: &mut Vec<u8>) -> bool {
+        let mut place = self.namespaces.first().copied().unwrap_or(NOWHERE);
+        let (mut run, mut special) = (Run::default(), false);
         for entry in entries {
+            if let Some(end) = run.followed_by(&entry) {
+                run.end = end;
+                continue;
+            }
             if is_special(&entry) {
                 special = true;
                 continue;
             }
-            if entry.nsid != place.nsid {
-                let Some(found) = crate::checks::find(&self.namespaces, entry.nsid) else { continue };
-                place = found;
+            let UdmqEntry { nsid, slba, nlb, .. } = entry;
+            if nsid != place.nsid {
+                place = crate::checks::find(&self.namespaces, nsid).unwrap_or(NOWHERE);
             }
-            let slba = entry.slba;
-            let end = slba.saturating_add(u64::from(entry.nlb) + 1).min(place.blocks);
-            if slba >= end {
-                continue;
-            }
-            let kind = Range { slba: 0, blocks: 0, deallocated: entry.lbamqa.dlba(), nsid: entry.nsid }.upper_half();
-            let fits = end.wrapping_sub(run_slba) <= u64::from(MAX_RANGE_BLOCKS);
-            let follows = (slba == run_end) & (kind == run_kind) & fits;
-            run_slba = if follows { run_slba } else { slba };
-            (run_end, run_kind) = (end, kind);
-            count += usize::from(!follows);
-            if let Some(out) = out.get_mut(count.wrapping_sub(1)) {
-                *out = (u128::from(run_slba) | u128::from(kind | (end - run_slba)) << 64).to_le_bytes();
+            if slba < place.blocks {
+                run.push(ranges);
+                let end = slba + (u64::from(nlb) + 1).min(place.blocks - slba);
+                let limit = place.blocks.min(slba.saturating_add(u64::from(MAX_RANGE_BLOCKS)));
+                run = Run { slba, end, limit, nsid, attributes: entry.lbamqa.into() };
             }
         }
-        (count, special)
+        run.push(ranges);
+        special
     }
 
     /// The entries that are more than one range: markers, whole namespaces, reserved values, ranges too long for a record. Their
@@ -91,15 +115,15 @@ impl NativeCdq {
         }
     }
 
-    fn drain(&self, entries: impl Iterator<Item = UdmqEntry> + Clone, shown: usize, answer: &mut CdqAnswer) {
-        answer.ranges.resize(shown * RANGE_BYTES, 0);
-        let (count, special) = self.merge(entries.clone(), answer.ranges.as_chunks_mut().0);
-        answer.ranges.truncate(count * RANGE_BYTES);
-        if special {
+    fn drain(&self, entries: impl Iterator<Item = UdmqEntry> + Clone, answer: &mut CdqAnswer) {
+        if self.merge(entries.clone(), &mut answer.ranges) {
             self.specials(entries, answer);
         }
     }
 }
+
+/// A namespace without blocks; none has NSID 0.
+const NOWHERE: NamespaceInfo = NamespaceInfo { nsid: 0, blocks: 0, block_bytes: 0 };
 
 /// More than a range that fits one record.
 #[inline]
@@ -114,9 +138,9 @@ impl Policy<Cdq> for NativeCdq {
         if !udmq::is_readable(self.kind, self.stride) {
             answer.marks.everything = shown > 0;
         } else if self.stride as usize == UDMQ_ENTRY_BYTES {
-            self.drain(request.entries.as_chunks().0.iter().map(udmq::read), shown, answer);
+            self.drain(request.entries.as_chunks().0.iter().map(udmq::read), answer);
         } else {
-            self.drain(udmq::entries(&request.entries, self.stride), shown, answer);
+            self.drain(udmq::entries(&request.entries, self.stride), answer);
         }
         let ends = answer.marks.stopped || answer.marks.suspended || answer.marks.full;
         if request.waiting == 0 && !ends {

@@ -74,12 +74,11 @@ fn made(path: &Path, size: Size, screen: &mut Screen) -> miette::Result<(u64, Ve
     spec.fill_limit = (u128::from(spec.fill_limit) * u128::from(size.0) / u128::from(spec.bytes)) as u64;
     spec.guest_bytes = (spec.guest_bytes.min(size.0 / 8)) / BLOCK_BYTES * BLOCK_BYTES;
     spec.bytes = size.0;
+    screen.say(&format!("source       preparing {size} of ext4 with real files in {}", path.display()));
     let image = image::make(&spec).into_diagnostic().wrap_err("the source's image could not be made")?;
     let cached = if image.cached { ", kept from the last run" } else { "" };
     screen.say(&format!(
-        "source       {} of ext4 in {}: {} real files, {}{cached}",
-        size,
-        path.display(),
+        "             {} real files, {}{cached}",
         image.files,
         Size(image.fill_bytes)
     ));

@@ -7,6 +7,7 @@ mod verdict;
 use super::DemoArgs;
 use crate::assembly;
 use crate::config::Config;
+use crate::config::units::Size;
 use crate::core::clock::Clock;
 use crate::live::{self, LiveSpec};
 use crate::policies;
@@ -37,6 +38,7 @@ pub(super) fn run(file: &Path, args: &DemoArgs) -> miette::Result<ExitCode> {
     // The components are looked at first: a wrong one must not cost the time that the image takes.
     let clock = Clock::new();
     let (seats, policy_host) = policies::seat(&config, clock)?;
+    screen.say(&intro(&config, args));
     let input = input::make(&config, args, &mut screen)?;
     if cancel.load(Ordering::Relaxed) {
         return Err(miette!("cancelled; nothing was moved"));
@@ -77,6 +79,23 @@ pub(super) fn run(file: &Path, args: &DemoArgs) -> miette::Result<ExitCode> {
         println!("\n{summary}");
     }
     Ok(if summary.verdict == Verdict::Ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What is about to happen, how long it takes and how much disk.
+fn intro(config: &Config, args: &DemoArgs) -> String {
+    let guest = &config.file.guest;
+    let rate = match guest.writes_per_second {
+        0 => "as fast as it can".to_owned(),
+        rate => format!("{rate} times a second"),
+    };
+    let (what, disk) = match &args.image {
+        Some(image) => (format!("a copy of {}", image.display()), "twice its size".to_owned()),
+        None => (format!("{} of real files", args.size), format!("{}", Size(3 * args.size.0))),
+    };
+    format!(
+        "Moves {what} from one NVMe subsystem to another while a guest writes {rate}, then compares every block.\n\
+         Takes 10 to 25 seconds and {disk} of disk. Ctrl-C cancels: the source keeps its data.\n"
+    )
 }
 
 /// What the command line says instead of the configuration.
