@@ -213,6 +213,10 @@ impl Controller {
         self.released = 0;
         if self.run == Run::Active {
             (self.resets_seen, self.cc_seen) = (port.bar().resets(), 0);
+            if port.was_running() {
+                // Queues that another controller had cannot begin anew: the guest has to reset.
+                (self.fatal, self.cc_seen) = (true, port.bar().load32(offset::CC));
+            }
             Self::publish_constants(port.bar(), self.cap);
             self.publish_status(port);
         }

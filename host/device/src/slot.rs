@@ -10,7 +10,7 @@ use crate::event::EventLine;
 use crate::function::{Doorbell, Function};
 use crate::memory::MemoryError;
 use crate::space::AddressSpace;
-use dray_nvme::registers::offset;
+use dray_nvme::registers::{Cc, offset};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -65,10 +65,12 @@ impl Slot {
     pub fn point_at(&self, plug: &Plug) {
         let mut current = self.shared.current.lock().unwrap_or_else(PoisonError::into_inner);
         let epoch = self.shared.epoch.fetch_add(1, Ordering::AcqRel) + 1;
+        let mut running = false;
         if let Some(before) = current.replace(plug.clone()) {
             before.put(None);
+            running = Cc::from_bits(self.shared.bar.load32(offset::CC)).en();
         }
-        plug.put(Some(Port { slot: Arc::clone(&self.shared), epoch }));
+        plug.put(Some(Port { slot: Arc::clone(&self.shared), epoch, running }));
     }
 
     /// Takes the function out of the slot: registers read all ones from now on (surprise removal).
@@ -134,9 +136,17 @@ impl Function for SlotFunction {
 pub struct Port {
     slot: Arc<SlotShared>,
     epoch: u64,
+    running: bool,
 }
 
 impl Port {
+    /// Whether another controller had the function before, enabled. Whoever gets it so has that one's state, or must not pretend
+    /// that it begins anew.
+    #[must_use]
+    pub fn was_running(&self) -> bool {
+        self.running
+    }
+
     /// Whether the slot still points here. A controller looks before it fetches commands: the port is taken without asking.
     #[inline]
     #[must_use]

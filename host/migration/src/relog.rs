@@ -8,14 +8,18 @@ use crate::reason::Reason;
 use dray_device::poll::Time;
 use dray_nvme::command::SubmissionEntry;
 
+/// How often a queue of one size is asked for.
+const TRIES: u32 = 3;
+
 #[derive(Debug)]
 enum Step {
     Drain,
     Stop(Calls),
     DrainAgain,
     Start(Calls),
-    /// A larger queue is being created; where that was refused once, the old size is taken.
-    Enlarge { smaller: bool },
+    /// A larger queue is being created. A refusal may mean that the old one is not deleted yet, so it is tried again; after
+    /// [`TRIES`] the old size is taken, as often.
+    Enlarge { slots: u32, tries: u32 },
 }
 
 /// Starting tracking anew, queue by queue.
@@ -67,13 +71,17 @@ impl Relog {
                     self.next();
                 }
             }
-            Step::Enlarge { smaller } => match live(parts, now) {
+            Step::Enlarge { slots, tries } => match live(parts, now) {
                 Ok(true) => self.start(parts),
                 Ok(false) => {}
-                Err(reason) if *smaller => return Err(reason),
-                Err(_) => {
-                    let slots = parts.config.cdq_slots;
-                    self.replace(slots, true, parts, now)?;
+                Err(reason) => {
+                    let first = parts.config.cdq_slots;
+                    let (slots, tries) = match (*slots, *tries) {
+                        (slots, tries) if tries < TRIES => (slots, tries + 1),
+                        (slots, _) if slots != first => (first, 1),
+                        _ => return Err(reason),
+                    };
+                    self.replace(slots, tries, parts, now)?;
                 }
             },
         }
@@ -111,7 +119,7 @@ impl Relog {
         let slots = parts.taps[self.index].slots;
         if full && parts.report.fills > limits.max_fills && slots < limits.max_cdq_slots {
             let larger = slots.saturating_mul(4).min(limits.max_cdq_slots);
-            return self.replace(larger, false, parts, now);
+            return self.replace(larger, 1, parts, now);
         }
         self.step = Step::Stop(Calls::plain([SubmissionEntry::track_send_log(false, cdqid(parts, self.index))]));
         Ok(())
@@ -124,7 +132,7 @@ impl Relog {
         self.step = Step::Start(Calls::plain([SubmissionEntry::track_send_log(true, cdqid(parts, self.index))]));
     }
 
-    fn replace(&mut self, slots: u32, smaller: bool, parts: &mut Parts, now: Time) -> Result<(), Reason> {
+    fn replace(&mut self, slots: u32, tries: u32, parts: &mut Parts, now: Time) -> Result<(), Reason> {
         let tap = &mut parts.taps[self.index];
         if let Some(pump) = tap.pump.take() {
             parts.past_pumps.add(&pump.stats());
@@ -133,7 +141,7 @@ impl Relog {
         let created = parts.source.create_queue(now, tap.cntlid, slots);
         tap.key = created.map_err(|error| Reason::Source(error.to_string()))?;
         tap.slots = slots;
-        self.step = Step::Enlarge { smaller };
+        self.step = Step::Enlarge { slots, tries };
         Ok(())
     }
 }

@@ -46,9 +46,8 @@ pub(super) fn make(config: &Config, args: &DemoArgs, screen: &mut Screen) -> mie
     screen.say(&format!("destination  {} of A5h in {}", Size(bytes), destination.display()));
     let file = File::create(&destination).into_diagnostic().wrap_err_with(|| destination.display().to_string())?;
     pattern::fill_file(&file, bytes, PREFILL).into_diagnostic().wrap_err_with(|| destination.display().to_string())?;
-    // What is still to be written back would compete with the guest.
     for path in [&source, &destination] {
-        File::open(path).and_then(|file| file.sync_all()).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
+        settle(path).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
     }
     let path = live::ledger_path(config);
     if let Some(folder) = path.parent() {
@@ -58,6 +57,14 @@ pub(super) fn make(config: &Config, args: &DemoArgs, screen: &mut Screen) -> mie
     let ledger = Ledger::create(&path, &spec).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
     screen.say(&format!("ledger       {}", path.display()));
     Ok(Input { nsid, source, destination, ledger: Arc::new(ledger) })
+}
+
+/// Lets a file come to rest: what is still to be written back would compete with the guest, and cached pages would have to be
+/// dropped one by one when the file is written past the cache.
+fn settle(path: &Path) -> std::io::Result<()> {
+    let file = File::open(path)?;
+    file.sync_all()?;
+    Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)
 }
 
 /// The file-backed namespace of one end.
