@@ -293,7 +293,9 @@ impl Driver {
         if now.ns_since(self.last_reset) > CALM_NS {
             self.resets = 0;
         }
-        let may_reset = self.state == DriverState::Ready && !self.forbid_reset && error != DriverError::Gone;
+        // Fatal while it is being enabled: another reset is the cure that the specification names (Base 2.3 §9.5).
+        let enabling = error == DriverError::Fatal && matches!(self.state, DriverState::Resetting | DriverState::Enabling);
+        let may_reset = (self.state == DriverState::Ready || enabling) && !self.forbid_reset && error != DriverError::Gone;
         if may_reset && self.resets < MAX_RESETS {
             self.resets += 1;
             self.last_reset = now;

@@ -148,7 +148,8 @@ impl Driver {
         match self.phase {
             Phase::Appear => self.appear(csts),
             Phase::Settle => self.settle(now, csts),
-            Phase::Disable if !csts.rdy() => self.enable().map(|()| true),
+            // CSTS.CFS goes with the reset too: what is left of it would look like a failure of what is enabled next.
+            Phase::Disable if !csts.rdy() && (!csts.cfs() || self.is_due(now)) => self.enable().map(|()| true),
             Phase::Enable if csts.cfs() => Err(DriverError::Fatal),
             Phase::Enable if csts.rdy() => self.ask_identify(now).map(|()| true),
             Phase::Shutdown if csts.shst() == ShutdownStatus::COMPLETE => {
@@ -163,6 +164,10 @@ impl Driver {
             Phase::Events(ticket) => Ok(self.configured(ticket)),
             Phase::Disable | Phase::Enable | Phase::Shutdown | Phase::Idle => Ok(false),
         }
+    }
+
+    fn is_due(&self, now: Time) -> bool {
+        self.deadline.is_some_and(|deadline| now >= deadline)
     }
 
     fn appear(&mut self, csts: Csts) -> Result<bool, DriverError> {
@@ -188,7 +193,7 @@ impl Driver {
 
     /// A controller that never settles is disabled all the same.
     fn settle(&mut self, now: Time, csts: Csts) -> Result<bool, DriverError> {
-        let settled = csts.rdy() || csts.cfs() || self.deadline.is_some_and(|deadline| now >= deadline);
+        let settled = csts.rdy() || csts.cfs() || self.is_due(now);
         if settled {
             self.disable();
             self.enter(DriverState::Resetting, Phase::Disable);

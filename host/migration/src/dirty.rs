@@ -159,14 +159,13 @@ impl DirtyMap {
         }
     }
 
-    /// Loads what a mark of the block will touch, its word and the summary above, and returns something of them (0 past the end):
-    /// whoever marks many places loads them all first, so that the loads that miss the caches run side by side.
+    /// The word that holds a block's bit, 0 past the end: marks of many places first load all their words, so that the loads
+    /// that miss the caches run side by side.
     #[inline]
     #[must_use]
     pub fn peek(&self, slba: u64) -> u64 {
         let word = usize::try_from(slba >> self.shift >> 6).unwrap_or(usize::MAX);
-        let of = |level: &[u64], word: usize| level.get(word).copied().unwrap_or(0);
-        of(&self.bits, word) ^ self.summaries.first().map_or(0, |level| of(level, word >> 6))
+        self.bits.get(word).copied().unwrap_or(0)
     }
 
     /// Clears the granules that lie within the blocks altogether. Returns how many were set.

@@ -9,7 +9,7 @@ use crate::report::Report;
 use crate::rig::{Front, MANAGEMENT, MIGRATABLE, NSID, Rig};
 use crate::{Failure, Plan};
 use dray_controller::NullBacking;
-use dray_device::poll::Poll;
+use dray_device::poll::{Poll, Time};
 use dray_device::space::MappedBuffer;
 use dray_driver::{AdminData, QueuePair};
 use dray_migration::media::{Geometry, Media};
@@ -121,7 +121,7 @@ impl Bench {
         let mut bench =
             Self { rig, _guest: guest, pair, data, mmc, queue, pump, seat, _kept: kept, media, random, slba: 0, since_clean: 0 };
         // The marker that says that logging has begun.
-        bench.drain()?;
+        bench.drain(bench.rig.clock.now())?;
         bench.settle();
         Ok(bench)
     }
@@ -134,8 +134,10 @@ impl Bench {
             for i in 0..row.batch {
                 self.write(row.random || i % 4 == 0)?;
             }
+            // As in the appliance, the time of a poll is read once for all that is polled.
+            let now = self.rig.clock.now();
             let begin = Instant::now();
-            let given = self.drain()?;
+            let given = self.drain(now)?;
             spent_ns += begin.elapsed().as_nanos();
             if given as usize != row.batch {
                 return Err(format!("{given} entries of {} were drained", row.batch).into());
@@ -176,8 +178,7 @@ impl Bench {
 
     /// What is measured. Returns the entries that were given back.
     #[inline(never)]
-    fn drain(&mut self) -> Result<u32, Failure> {
-        let now = self.rig.clock.now();
+    fn drain(&mut self, now: Time) -> Result<u32, Failure> {
         let Self { mmc, queue, pump, seat, media, .. } = self;
         let mut given = Ok(0);
         mmc.with_queue(*queue, &mut |queue| given = pump.poll(now, queue, Some(&mut *seat), media));

@@ -17,10 +17,7 @@ fn map(bytes: u64) -> DirtyMap {
 /// All rows of this module.
 pub fn measure(plan: &Plan, report: &mut Report) -> Result<(), Failure> {
     if plan.wants("dirty.mark.random") {
-        report.add("dirty.mark.random", mark(plan, 64 << 30)?, "ns", "64 GiB, ranges of 8 blocks, a clean map at first");
-    }
-    if plan.wants("dirty.mark.random.16tib") && !plan.quick {
-        report.add("dirty.mark.random.16tib", mark(plan, 16 << 40)?, "ns", "each mark misses the caches");
+        report.add("dirty.mark.random", mark(plan)?, "ns", "64 GiB, ranges of 8 blocks, a clean map at first");
     }
     if plan.wants("dirty.scan.empty.16tib") {
         report.add("dirty.scan.empty.16tib", scan(plan)?, "ms", "the map was dirty in 10,000 places before");
@@ -34,8 +31,8 @@ pub fn measure(plan: &Plan, report: &mut Report) -> Result<(), Failure> {
 }
 
 /// ns per mark of a random aligned range.
-fn mark(plan: &Plan, bytes: u64) -> Result<f64, Failure> {
-    let mut map = map(bytes);
+fn mark(plan: &Plan) -> Result<f64, Failure> {
+    let mut map = map(64 << 30);
     let ranges = map.blocks() / RANGE;
     let mut random = fastrand::Rng::with_seed(2);
     plan.median(|| {

@@ -24,7 +24,7 @@ impl Run {
     #[inline]
     fn followed_by(&self, entry: &UdmqEntry) -> Option<u64> {
         let kind = (u8::from(entry.lbamqa) ^ self.attributes) & !UDMQ_PHASE_MASK;
-        let end = self.end + u64::from(entry.nlb) + 1;
+        let end = self.end.saturating_add(u64::from(entry.nlb) + 1);
         let follows = (entry.slba == self.end) & (entry.nsid == self.nsid) & (kind == 0) & (end <= self.limit);
         follows.then_some(end)
     }
