@@ -377,7 +377,11 @@ fn suspend_waits_for_the_backing_and_what_a_reset_abandoned_is_logged() {
         world.poll();
     }
     assert_eq!(slow.in_flight(), 8, "a busy backing stops fetching");
-    guest.enable_after_reset(&mut world);
+    guest.function.write32(offset::CC, 0);
+    for _ in 0..10 {
+        world.poll();
+    }
+    assert_eq!(guest.csts() & 1, 1, "a reset ends when nothing of before can touch media or memory any more");
     assert!(log.take(&manager).is_empty(), "not ended, not logged");
     let cid = manager.push(0, SubmissionEntry::suspend(MC, false, false));
     manager.ring(0);
@@ -391,6 +395,7 @@ fn suspend_waits_for_the_backing_and_what_a_reset_abandoned_is_logged() {
     let expected: Vec<_> = (0..8).map(|i| range(i * 4, 1)).collect();
     assert_eq!(changes(&entries[..8]), expected, "failed and abandoned, and logged");
     assert_eq!(entries[8].esa(), Esa::SUSPENDED);
+    assert_eq!(guest.csts() & 1, 0, "the reset has ended");
 }
 
 #[test]
