@@ -227,6 +227,12 @@ impl Disk {
         self.state().flushes
     }
 
+    /// Writes that have ended and are not flushed.
+    #[must_use]
+    pub fn unflushed(&self) -> usize {
+        self.state().undo.len()
+    }
+
     /// Writes that power losses have taken back.
     #[must_use]
     pub fn lost(&self) -> usize {

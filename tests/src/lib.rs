@@ -10,7 +10,10 @@
 //! **Where to start reading.** `rig.rs`, then `tests/loopback.rs`.
 
 pub mod disk;
+pub mod hand;
 pub mod moving;
+pub mod odd;
 pub mod paper;
+pub mod plan;
 pub mod raw;
 pub mod rig;

@@ -7,24 +7,23 @@
 
 use crate::disk::Disk;
 use crate::paper::Paper;
-use crate::rig::{MANAGEMENT, MIGRATABLE, NSID, Side};
+use crate::hand::Hand;
+use crate::plan::{Plan, natives};
+use crate::rig::{MIGRATABLE, NSID, Side};
 use dray_controller::Subsystem;
 use dray_device::command::CommandQueue;
 use dray_device::function::Function;
 use dray_device::poll::{Poll, Time};
 use dray_device::slot::{Fence, Plug, Slot};
 use dray_device::space::AddressSpace;
-use dray_driver::{Driver, DriverConfig};
+use dray_driver::Driver;
 use dray_migration::mmc::Health;
 use dray_migration::{
-    DriverMmc, FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Ingredients, Limits, LocalDestination, LocalFeatures,
+    DriverMmc, FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Ingredients, LocalDestination, LocalFeatures,
     Migration, MigrationConfig, Mmc, Outcome, Owner, Phase, Policies, Report,
 };
 use dray_nvme::registers::offset;
-use dray_policy::guard::{Guard, Limits as GuardLimits};
-use dray_policy::native::{Native, NativeFactory};
-use dray_policy::seam::{Factory, Meter, Seat};
-use dray_workload::guest::{Guest, GuestConfig, GuestHandle, GuestSampler, GuestStage};
+use dray_workload::guest::{Guest, GuestHandle, GuestSampler, GuestStage};
 use dray_workload::ledger::{Ledger, LedgerSpec};
 use dray_workload::verify::{self, Comparison};
 use std::sync::Arc;
@@ -38,112 +37,6 @@ const QUIET_TURNS: u32 = 16;
 /// Bytes of a guest's block.
 const GUEST_BLOCK: u64 = 4096;
 
-/// What is set up.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    /// Of every choice.
-    pub seed: u64,
-    /// Bytes of the source's namespace.
-    pub bytes: u64,
-    /// Bytes of a block at the source.
-    pub block_bytes: u32,
-    /// Bytes of the destination's namespace, where they differ.
-    pub destination_bytes: u64,
-    /// Bytes of a block there, where they differ.
-    pub destination_block: u32,
-    /// Migratable controllers at each side, each with a guest, all on one namespace.
-    pub guests: u16,
-    /// Blocks of 4 KiB that each guest writes.
-    pub targets: u64,
-    /// What each guest does.
-    pub load: GuestConfig,
-    /// The guests' drivers.
-    pub guest_driver: DriverConfig,
-    /// The drivers of the management controllers.
-    pub driver: DriverConfig,
-    /// Least and longest time of an operation of the disks, ns.
-    pub latency_ns: (u64, u64),
-    /// The migration.
-    pub config: MigrationConfig,
-}
-
-impl Plan {
-    /// 8 MiB in blocks of 512 bytes; one guest that writes 20,000 blocks of 4 KiB a second.
-    #[must_use]
-    pub fn small(seed: u64) -> Self {
-        Self::sized(seed, 8 << 20, 512)
-    }
-
-    /// As [`small`](Self::small), of another size.
-    #[must_use]
-    pub fn sized(seed: u64, bytes: u64, block_bytes: u32) -> Self {
-        let config = MigrationConfig {
-            id: seed + 1,
-            seed,
-            namespaces: vec![(NSID, NSID)],
-            cdq_slots: 4096,
-            limits: Limits { downtime_budget_us: 10_000, ..Limits::default() },
-            ..MigrationConfig::default()
-        };
-        Self {
-            seed,
-            bytes,
-            block_bytes,
-            destination_bytes: bytes,
-            destination_block: block_bytes,
-            guests: 1,
-            targets: 256,
-            load: GuestConfig { nsid: NSID, rate: 20_000, read_percent: 20, depth: 8, queues: 1, ..GuestConfig::default() },
-            guest_driver: DriverConfig::default(),
-            driver: DriverConfig { io_timeout_ms: 50, admin_timeout_ms: 500, ..DriverConfig::default() },
-            latency_ns: (2_000, 60_000),
-            config,
-        }
-    }
-
-    /// Changes the migration's configuration.
-    #[must_use]
-    pub fn with(mut self, change: impl FnOnce(&mut MigrationConfig)) -> Self {
-        change(&mut self.config);
-        self
-    }
-
-    /// So many guests and controllers.
-    #[must_use]
-    pub fn guests(mut self, guests: u16) -> Self {
-        self.guests = guests;
-        self
-    }
-}
-
-/// A meter that stands still.
-#[derive(Debug)]
-pub struct Still;
-
-impl Meter for Still {
-    fn now_ns(&self) -> u64 {
-        0
-    }
-}
-
-/// A policy of any kind with the native one behind it.
-#[must_use]
-pub fn guarded<R: Native>(factory: Box<dyn Factory<R>>) -> Guard<R> {
-    Guard::new(factory, Box::new(NativeFactory::<R>::new()), Box::new(Still), GuardLimits::default())
-}
-
-/// The seat of the native policy.
-#[must_use]
-pub fn native<R: Native>() -> Box<dyn Seat<R>> {
-    Box::new(guarded::<R>(Box::new(NativeFactory::<R>::new())))
-}
-
-/// Native policies for so many queues.
-#[must_use]
-pub fn natives(queues: u16) -> Policies {
-    Policies { cdq: (0..queues).map(|_| native()).collect(), tracking: native(), copy: native() }
-}
-
 /// One side.
 #[derive(Debug)]
 pub struct Machine {
@@ -155,18 +48,20 @@ pub struct Machine {
     pub management: Arc<dyn Function>,
     /// The fences of its migratable controllers.
     pub fences: Vec<Fence>,
-    plugs: Vec<Plug>,
+    /// Where slots of its migratable controllers are pointed.
+    pub plugs: Vec<Plug>,
     /// Commands that each migratable controller had fetched at the last look.
     fetched: Vec<u64>,
 }
 
 impl Machine {
-    fn new(side: Side, disk: Disk, guests: u16) -> (Self, Slot) {
+    fn new(side: Side, disk: Disk, plan: &Plan) -> (Self, Slot) {
+        let guests = plan.controllers();
         let fences = (0..guests).map(|guest| side.fence(MIGRATABLE + guest)).collect();
         let subsystem = Subsystem::new(side.config, side.namespaces).expect("a subsystem");
         let plug = |cntlid| subsystem.plug(cntlid).expect("a controller of that CNTLID");
         let slot = Slot::new(AddressSpace::default(), 2).expect("a slot");
-        slot.point_at(&plug(MANAGEMENT));
+        slot.point_at(&plug(plan.management));
         let plugs = (0..guests).map(|guest| plug(MIGRATABLE + guest)).collect();
         let fetched = vec![0; usize::from(guests)];
         (Self { management: slot.function(), plugs, subsystem, disk, fences, fetched }, slot)
@@ -179,7 +74,8 @@ impl Machine {
     }
 
     /// Commands that a migratable controller has fetched.
-    fn fetched(&self, guest: usize) -> u64 {
+    #[must_use]
+    pub fn fetched(&self, guest: usize) -> u64 {
         let cntlid = MIGRATABLE + guest as u16;
         self.subsystem.counters().find(|(id, _)| *id == cntlid).map_or(0, |(_, counters)| counters.fetched)
     }
@@ -196,14 +92,16 @@ pub struct Tenant {
 
 /// The guests' slots, pointed from side to side.
 struct Slots {
-    slots: Vec<(Slot, Plug, Plug, GuestHandle)>,
+    slots: Vec<(Slot, Plug, Plug, Option<GuestHandle>)>,
     paper: Paper,
 }
 
 impl GuestSlot for Slots {
     fn point_at_destination(&mut self, cntlid: u16) {
         let Some((slot, _, to, guest)) = self.slots.get(usize::from(cntlid - MIGRATABLE)) else { return };
-        guest.mark_suspend();
+        if let Some(guest) = guest {
+            guest.mark_suspend();
+        }
         self.paper.expect("a slot is pointed at the destination", Owner::Destination);
         slot.point_at(to);
     }
@@ -212,7 +110,9 @@ impl GuestSlot for Slots {
         let Some((slot, from, _, guest)) = self.slots.get(usize::from(cntlid - MIGRATABLE)) else { return };
         self.paper.expect("a slot is pointed back at the source", Owner::Source);
         slot.point_at(from);
-        guest.clear_marks();
+        if let Some(guest) = guest {
+            guest.clear_marks();
+        }
     }
 }
 
@@ -253,6 +153,12 @@ pub struct Moving {
     pub machines: [Machine; 2],
     /// The guests.
     pub tenants: Vec<Tenant>,
+    /// The controller in the test's own hand.
+    pub hand: Option<Hand>,
+    /// The test ends suspensions by resets: the source may serve until its record says otherwise.
+    pub loose: bool,
+    /// The migration is not polled.
+    pub frozen: bool,
     /// The migration, from [`start`](Self::start) to its end.
     pub migration: Option<Migration>,
     /// The journal.
@@ -291,23 +197,30 @@ impl Moving {
         let mut index = 0;
         let machines = disks.map(|disk| {
             let mut side = Side::over(disk.backing());
-            for guest in 1..plan.guests {
+            for guest in 1..plan.controllers() {
                 side = side.and_controller(MIGRATABLE + guest, vec![NSID]);
             }
-            let (machine, slot) = Machine::new(side, disk, plan.guests);
+            if plan.spare {
+                side = side.and_controller(MIGRATABLE + plan.controllers(), Vec::new());
+            }
+            let (machine, slot) = Machine::new(side, disk, plan);
             let driver = Driver::new(slot.function(), plan.driver.clone()).expect("a driver");
             spaces[index] = slot.space().clone();
             managers[index] = Some(Box::new(DriverMmc::new(driver, COPY_QUEUE)) as Box<dyn Mmc>);
             index += 1;
             machine
         });
-        let tenants = (0..plan.guests).map(|guest| tenant(plan, &machines[0], guest)).collect();
+        let hand = plan.hand.then(|| Hand::new(&machines[0].plugs[usize::from(plan.guests)]));
+        let tenants: Vec<_> = (0..plan.guests).map(|guest| tenant(plan, &machines[0], guest)).collect();
         let mut config = plan.config.clone();
-        config.controllers = (0..plan.guests).map(|guest| (MIGRATABLE + guest, MIGRATABLE + guest)).collect();
+        config.controllers = (0..plan.controllers()).map(|guest| (MIGRATABLE + guest, MIGRATABLE + guest)).collect();
         let mut moving = Self {
             now: Time::from_us(1),
             machines,
             tenants,
+            hand,
+            loose: false,
+            frozen: false,
             migration: None,
             paper: Paper::default(),
             owner: 0,
@@ -321,7 +234,8 @@ impl Moving {
             spaces,
         };
         moving.until("the guests come up", |moving| {
-            moving.tenants.iter().all(|tenant| tenant.handle.stage() == GuestStage::Running)
+            let running = moving.tenants.iter().all(|tenant| tenant.handle.stage() == GuestStage::Running);
+            running && moving.hand.as_ref().is_none_or(Hand::is_ready)
         });
         moving
     }
@@ -333,14 +247,16 @@ impl Moving {
     pub fn turn(&mut self) {
         let now = self.now;
         let tenants = self.tenants.len();
-        let who = self.random.usize(0..4 + tenants);
+        let who = self.random.usize(0..4 + tenants + usize::from(self.hand.is_some()));
         let work = match who {
             0 | 1 => self.machines[who].subsystem.poll(now).work,
             2 | 3 => match (&mut self.migration, who) {
+                (Some(_), _) if self.frozen => 0,
                 (Some(migration), _) => migration.poll(now).work,
                 (None, _) => self.managers[who - 2].as_mut().map_or(0, |manager| manager.poll(now).work),
             },
-            _ => self.tenants[who - 4].guest.poll(now).work,
+            _ if who - 4 < tenants => self.tenants[who - 4].guest.poll(now).work,
+            _ => self.hand.as_mut().map_or(0, |hand| hand.poll(now)),
         };
         self.note(&Done { who, work });
         self.look();
@@ -359,9 +275,9 @@ impl Moving {
 
     /// A controller takes commands only while the durable record says that its side serves, and never behind its fence.
     fn look(&mut self) {
-        let serving = self.paper.serving().map(|owner| (owner == Owner::Destination) != (self.owner == 1));
+        let serving = self.paper.serving(self.loose).map(|owner| (owner == Owner::Destination) != (self.owner == 1));
         for side in 0..2 {
-            for guest in 0..self.tenants.len() {
+            for guest in 0..self.machines[side].fences.len() {
                 let fetched = self.machines[side].fetched(guest);
                 if fetched == self.machines[side].fetched[guest] {
                     continue;
@@ -386,7 +302,8 @@ impl Moving {
         let end = self.now.after_us(PATIENCE_US);
         while !done(self) {
             let stages: Vec<_> = self.tenants.iter().map(|tenant| tenant.handle.stage()).collect();
-            assert!(self.now < end, "{what}: {:?} {stages:?}", self.migration.as_ref().map(|m| (m.phase(), m.report().clone())));
+            let why: Vec<_> = self.tenants.iter().filter_map(|tenant| tenant.handle.first_error()).collect();
+            assert!(self.now < end, "{what}: {:?} {stages:?} {why:?}", self.migration.as_ref().map(|m| (m.phase(), m.report().clone())));
             self.turn();
         }
     }
@@ -414,7 +331,7 @@ impl Moving {
 
     /// Begins a migration from the side that serves to the other, with native policies.
     pub fn start(&mut self) {
-        self.start_with(natives(self.tenants.len() as u16));
+        self.start_with(natives(self.config.controllers.len()));
     }
 
     /// Begins a migration with these policies.
@@ -429,10 +346,14 @@ impl Moving {
         self.machines[to].fences.iter().for_each(Fence::lower);
         let slots = self.tenants.iter().enumerate().map(|(guest, tenant)| {
             let plug = |side: usize| self.machines[side].plugs[guest].clone();
-            (tenant.slot.clone(), plug(from), plug(to), tenant.handle.clone())
+            (tenant.slot.clone(), plug(from), plug(to), Some(tenant.handle.clone()))
+        });
+        let by_hand = self.hand.as_ref().map(|hand| {
+            let plug = |side: usize| self.machines[side].plugs[self.tenants.len()].clone();
+            (hand.slot.clone(), plug(from), plug(to), None)
         });
         let hooks = Hooks {
-            slot: Box::new(Slots { slots: slots.collect(), paper: self.paper.clone() }),
+            slot: Box::new(Slots { slots: slots.chain(by_hand).collect(), paper: self.paper.clone() }),
             journal: Box::new(self.paper.clone()),
             fence: Box::new(Fences(self.machines[from].fences.clone(), self.paper.clone())),
             guest: Box::new(Figures(self.tenants[0].handle.sampler())),
@@ -469,14 +390,23 @@ impl Moving {
         queue.expect("a queue")
     }
 
-    /// Turns until the migration has ended; says how.
+    /// Turns until the migration has ended; says how. It keeps what it was made of.
     ///
     /// # Panics
     /// When it does not end.
     #[track_caller]
-    pub fn run(&mut self) -> Outcome {
+    pub fn migration_ends(&mut self) -> Outcome {
         self.until("the migration ends", |moving| moving.migration.as_ref().is_none_or(|m| m.phase() == Phase::Ended));
-        let outcome = self.migration.as_ref().expect("a migration").outcome().clone();
+        self.migration.as_ref().expect("a migration").outcome().clone()
+    }
+
+    /// Turns until the migration has ended, and takes it apart for the next one; says how it ended.
+    ///
+    /// # Panics
+    /// When it does not end, or the record contradicts it.
+    #[track_caller]
+    pub fn run(&mut self) -> Outcome {
+        let outcome = self.migration_ends();
         let (source, destination, policies, _, report) = self.migration.take().expect("a migration").finish();
         (self.managers[self.owner], self.managers[1 - self.owner]) = (Some(source), Some(destination));
         self.config.id += 1;
@@ -515,7 +445,7 @@ impl Moving {
         for index in 0..self.tenants.len() {
             let handle = self.tenants[index].handle.clone();
             let before = handle.counters();
-            self.until("the guest goes on", |_| handle.counters().writes >= before.writes + 20);
+            self.until(&format!("the guest goes on at {}", self.owner), |_| handle.counters().writes >= before.writes + 20);
             handle.request_reset();
             self.until("the guest resets its controller", |_| {
                 handle.counters().resets > before.resets && handle.stage() == GuestStage::Running || handle.is_over()

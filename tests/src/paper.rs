@@ -78,10 +78,14 @@ impl Paper {
         (sheet.durable, sheet.pending, sheet.unsure) = (None, None, false);
     }
 
-    /// Who may take commands: nobody while a record is being written that changes it.
-    pub(crate) fn serving(&self) -> Option<Owner> {
+    /// Who may take commands: nobody while a record is being written that changes it, unless somebody ends suspensions
+    /// (`loose`); then who did before.
+    pub(crate) fn serving(&self, loose: bool) -> Option<Owner> {
         let sheet = self.sheet();
         let durable = sheet.durable.unwrap_or(Owner::Source);
+        if loose {
+            return Some(durable);
+        }
         let changing = sheet.pending.is_some_and(|(record, _)| record.owner != durable);
         (!changing && !sheet.unsure).then_some(durable)
     }

@@ -348,12 +348,15 @@ fn a_command_that_hangs_is_aborted_and_then_the_controller_is_reset() {
     world.pace_ns = 100_000;
     let completion = world.wait("the hanging command", |now| {
         let _progress = guest.driver.poll(now);
+        if *guest.driver.state() == DriverState::Resetting {
+            // The reset waits for the operation: it must not touch media or memory afterwards.
+            hold.open();
+        }
         let mut ended = None;
         pair.poll_with(now, |completion| ended = Some(completion));
         ended
     });
     assert!(completion.unknown && pair.is_dead(), "nobody knows how it ended: {completion:?}");
-    hold.open();
     guest.ready(&mut world);
     let mut pair = guest.pair(&mut world, 16, None);
     assert!(!world.run(&mut guest, &mut pair, &write, &[data.buffer().segment()]).status.is_error());

@@ -159,13 +159,14 @@ impl DirtyMap {
         }
     }
 
-    /// The word that holds a block's bit, 0 past the end: marks of many places first load all their words, so that the loads
-    /// that miss the caches run side by side.
+    /// Asks the processor for the word that holds a block's bit: marks of many places ask for all of them first, so that what
+    /// misses the caches comes side by side, and while something else is done.
     #[inline]
-    #[must_use]
-    pub fn peek(&self, slba: u64) -> u64 {
+    pub fn prefetch(&self, slba: u64) {
         let word = usize::try_from(slba >> self.shift >> 6).unwrap_or(usize::MAX);
-        self.bits.get(word).copied().unwrap_or(0)
+        if let Some(word) = self.bits.get(word) {
+            dray_device::memory::prefetch(word);
+        }
     }
 
     /// Clears the granules that lie within the blocks altogether. Returns how many were set.

@@ -70,9 +70,6 @@ struct Asked {
     late: bool,
 }
 
-/// Ranges whose words are loaded before the first of them is marked.
-const AHEAD: usize = 32;
-
 /// Drains one queue.
 #[derive(Debug)]
 pub struct Pump {
@@ -206,7 +203,7 @@ impl Pump {
             return Ok(work + self.drain(now, queue, media)?);
         }
         let due = self.hurry || now >= self.look_at || waiting >= self.look_entries.max(1) || half || overdue;
-        if due && self.ask(now, queue, seat) {
+        if due && self.ask(now, queue, seat, media) {
             // A seat that answers in place has the answer now: the same entries are still in the cache.
             match seat.poll() {
                 Some(exchange) => work += self.answered(now, exchange, queue, media)?,
@@ -239,7 +236,7 @@ impl Pump {
     }
 
     /// Shows what is new to the policy. False when there was nothing.
-    fn ask(&mut self, now: Time, queue: &mut dyn EntryQueue, seat: &mut (dyn Seat<Cdq> + '_)) -> bool {
+    fn ask(&mut self, now: Time, queue: &mut dyn EntryQueue, seat: &mut (dyn Seat<Cdq> + '_), media: &Media) -> bool {
         let Some(mut exchange) = self.spare.take() else { return false };
         exchange.request.entries.clear();
         let entries = queue.take(MAX_BATCH, &mut exchange.request.entries) as u32;
@@ -250,6 +247,9 @@ impl Pump {
         exchange.request.now_us = now.us_since(self.began);
         exchange.request.waiting = queue.waiting();
         self.asked = Some(Asked { entries, at: now, late: false });
+        if self.known && self.queue.entry_bytes as usize == UDMQ_ENTRY_BYTES {
+            ask_ahead(exchange.request.entries.as_chunks().0.iter().map(udmq::read), media);
+        }
         seat.ask(exchange);
         true
     }
@@ -434,26 +434,27 @@ fn whole(nsid: u32, media: &mut Media) -> u64 {
 
 /// Marks what a policy returned.
 fn mark_ranges(bytes: &[u8], media: &mut Media) {
-    for group in bytes.chunks(AHEAD * packed::RANGE_BYTES) {
-        load_words(group, media);
-        mark_group(group, media);
-    }
-}
-
-/// Loads the words that the ranges begin in, which have nothing to wait for but memory.
-fn load_words(group: &[u8], media: &Media) {
-    let word = |range: packed::Range| media.namespaces().get(media.find(range.nsid)?).map(|n| n.dirty().peek(range.slba));
-    std::hint::black_box(packed::ranges(group).filter_map(word).fold(0, u64::wrapping_add));
-}
-
-fn mark_group(group: &[u8], media: &mut Media) {
-    for range in packed::ranges(group) {
+    for range in packed::ranges(bytes) {
         let Some(namespace) = media.find(range.nsid).and_then(|index| media.namespace(index)) else { continue };
         if range.blocks == 0 {
             namespace.mark_everything();
         } else {
             namespace.mark(range.slba, u64::from(range.blocks));
         }
+    }
+}
+
+/// Asks for the words of the map that entries begin in: they come from memory while the policy thinks. Entries next to one
+/// another are asked for once.
+fn ask_ahead(entries: impl Iterator<Item = UdmqEntry>, media: &Media) {
+    let mut end = u64::MAX;
+    for entry in entries {
+        if entry.slba != end
+            && let Some(namespace) = media.find(entry.nsid).and_then(|index| media.namespaces().get(index))
+        {
+            namespace.dirty().prefetch(entry.slba);
+        }
+        end = entry.slba.wrapping_add(u64::from(entry.nlb) + 1);
     }
 }
 

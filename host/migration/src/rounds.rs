@@ -6,7 +6,7 @@
 
 use crate::extents::Piece;
 use crate::hooks::{GuestSample, Owner, RecordPhase};
-use crate::media::since_ms;
+use crate::media::{Media, since_ms};
 use crate::parts::Parts;
 use crate::reason::Reason;
 use crate::relog::Relog;
@@ -67,8 +67,9 @@ pub(crate) struct Rounds {
     last: Option<RoundReport>,
     plan: Option<Box<Exchange<Tracking>>>,
     orders: Orders,
-    /// Since when nothing is ordered and nothing is under way.
+    /// Since when nothing that was ordered has passed another region, and how many are left.
     idle: Option<Time>,
+    unpassed: usize,
     guest: GuestSample,
     dirtied_per_s: u64,
     copied_per_s: u64,
@@ -105,6 +106,7 @@ impl Rounds {
             plan: Some(Box::default()),
             orders,
             idle: None,
+            unpassed: usize::MAX,
             guest: GuestSample::default(),
             dirtied_per_s: 0,
             copied_per_s: 0,
@@ -305,7 +307,7 @@ impl Rounds {
         self.start = (stats.copied, stats.zero, parts.media.dirtied_blocks());
         self.start_blocks = parts.media.dirty_blocks();
         self.orders.ask_at = now;
-        self.idle = None;
+        (self.idle, self.unpassed) = (None, usize::MAX);
         parts.extents.by_order();
         parts.copying = true;
         self.stage = Stage::Run;
@@ -313,19 +315,29 @@ impl Rounds {
 
     fn run(&mut self, parts: &mut Parts, now: Time) {
         parts.copying = true;
+        let patience_us = parts.config.limits.patience_us;
         let asked = self.orders.spare.is_none();
-        if parts.extents.queued() > 0 {
-            self.idle = None;
-        } else if parts.media.all_passed() && (parts.media.is_clean() || self.orders.asked_at >= self.began && !asked) {
+        // A policy that does not answer holds no round up.
+        let late = asked && now.us_since(self.orders.asked_at.max(self.began)) >= patience_us;
+        let heard = late || self.orders.asked_at >= self.began && !asked;
+        let empty = parts.extents.queued() == 0;
+        if empty && parts.media.all_passed() && (parts.media.is_clean() || heard) {
             parts.extents.by_order();
             self.stage = Stage::Settle;
             return;
-        } else {
+        }
+        if empty {
+            // What counts is that regions are passed: a policy that orders the same ones over and over again leaves out the rest.
+            let unpassed = unpassed(&parts.media);
+            if unpassed < self.unpassed {
+                self.idle = None;
+            }
+            self.unpassed = unpassed;
             self.idle.get_or_insert(now);
         }
         let copied = (parts.engine.stats().copied - self.start.0) / parts.media.block_bytes();
         let astray = copied > self.start_blocks.saturating_mul(3) + 65_536;
-        let waited = self.idle.is_some_and(|since| now.us_since(since) >= parts.config.limits.patience_us);
+        let waited = empty && self.idle.is_some_and(|since| now.us_since(since) >= patience_us);
         if astray || waited {
             self.add_left_out(parts);
         }
@@ -500,4 +512,10 @@ impl Rounds {
             elapsed_us: 0,
         }
     }
+}
+
+/// Regions that are left to be passed in this round.
+fn unpassed(media: &Media) -> usize {
+    let mut cursor = (0, 0);
+    std::iter::from_fn(|| media.next_unpassed(&mut cursor)).count()
 }

@@ -10,7 +10,7 @@ use crate::report::Report;
 use crate::rig::{MANAGEMENT, MIGRATABLE, NSID};
 use crate::{Failure, Plan};
 use dray::assembly::{self, Machine, Migratable};
-use dray::config::Config;
+use dray::config::{Config, PolicyPlace};
 use dray::config::units::{Size, Span};
 use dray::core::clock::Clock;
 use dray::live::{self, Act, LiveSpec, LiveView};
@@ -62,10 +62,13 @@ struct Case {
     durable: bool,
     /// The guest may be slowed down.
     throttle: bool,
+    /// Where the policies run.
+    policies: PolicyPlace,
 }
 
+/// Namespaces in memory, everything else as in the demo.
 const fn memory(rate: u32) -> Case {
-    Case { rate, files: false, durable: false, throttle: false }
+    Case { rate, files: false, durable: true, throttle: false, policies: PolicyPlace::Beside }
 }
 
 /// All rows of this module, and those of `copy` that need a guest.
@@ -82,15 +85,16 @@ pub fn measure(plan: &Plan, report: &mut Report) -> Result<(), Failure> {
     done
 }
 
-const ROWS: [&str; 11] = [
+const ROWS: [&str; 12] = [
     "migrate.downtime.2k",
     "migrate.downtime.20k",
-    "migrate.downtime.2k.durable",
-    "migrate.downtime.20k.durable",
+    "migrate.downtime.2k.volatile",
+    "migrate.downtime.20k.volatile",
     "migrate.downtime.2k.file",
     "migrate.downtime.20k.file",
     "copy.guest.p99",
     "copy.guest.p99.ratio",
+    "copy.guest.p99.on",
     "copy.guest.rate",
     "migrate.converge.60k",
     "migrate.unbounded",
@@ -157,16 +161,17 @@ impl Bench {
             }
         };
         for (rate, name) in [(2_000, "migrate.downtime.2k"), (20_000, "migrate.downtime.20k")] {
-            let durable = Case { durable: true, ..memory(rate) };
+            let durable = memory(rate);
             for (name, case, note) in [
-                (name.to_owned(), memory(rate), format!("{huge}, the record in memory too")),
-                (format!("{name}.durable"), durable, format!("{huge}, the record flushed to disk")),
+                (name.to_owned(), durable, format!("{huge}, the record flushed to disk")),
+                (format!("{name}.volatile"), Case { durable: false, ..durable }, format!("{huge}, the record in memory too")),
                 (format!("{name}.file"), Case { files: true, ..durable }, "all in files, as in the demo".to_owned()),
             ] {
                 tell(&name, self.downtime(plan, report, &name, case, &note));
             }
         }
         tell("copy.guest", self.guest(plan, report));
+        tell("copy.guest.p99.on", self.guest_with_policies_on(plan, report));
         tell("migrate.converge.60k", self.converge(plan, report));
         tell("migrate.unbounded", self.unbounded(plan, report));
         if failed.is_empty() { Ok(()) } else { Err(failed.join("\n  ").into()) }
@@ -215,6 +220,20 @@ impl Bench {
         Ok(())
     }
 
+    /// The same with the policies on the polling core: what their place costs the guest.
+    fn guest_with_policies_on(&self, plan: &Plan, report: &mut Report) -> Result<(), Failure> {
+        if !plan.wants("copy.guest.p99.on") {
+            return Ok(());
+        }
+        let mut runs = self.runs(plan, Case { policies: PolicyPlace::On, ..memory(10_000) })?;
+        runs.sort_by_key(|run| run.during.p99_ns);
+        let run = &runs[runs.len() / 2];
+        let (during, before) = (run.during.p99_ns as f64 / 1e3, run.before.p99_ns as f64 / 1e3);
+        let note = format!("policies on the polling core instead of beside it; before {before:.1} µs");
+        report.add("copy.guest.p99.on", during, "µs", note);
+        Ok(())
+    }
+
     fn converge(&self, plan: &Plan, report: &mut Report) -> Result<(), Failure> {
         if !plan.wants("migrate.converge.60k") {
             return Ok(());
@@ -254,6 +273,7 @@ impl Bench {
     fn run(&self, plan: &Plan, case: Case) -> Result<Run, Failure> {
         let mut config = self.config.clone();
         config.file.migration.throttle_guest = case.throttle;
+        config.file.core.policies = case.policies;
         if !case.durable {
             config.file.core.state.clone_from(&self.volatile);
         }
