@@ -20,6 +20,18 @@ pub const PAGE: usize = 4096;
 /// Bytes of a huge page.
 pub const HUGE_PAGE: usize = 2 << 20;
 
+/// Asks the processor to fetch the line of a value, and waits for nothing.
+#[inline]
+pub fn prefetch<T>(value: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint about memory that a reference names; it reads nothing.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(std::ptr::from_ref(value).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = value;
+}
+
 /// Which pages an arena is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pages {
@@ -259,6 +271,21 @@ impl Arena {
         unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
     }
 
+    /// Copies `len` bytes out to the end of a vector, which is not filled with anything else before. Without room reserved in
+    /// `into` this allocates. Otherwise as [`read`](Self::read).
+    #[inline]
+    pub fn read_append(&self, offset: usize, len: usize, into: &mut Vec<u8>) {
+        let from = self.at(offset, len);
+        into.reserve(len);
+        let used = into.len();
+        // SAFETY: source in bounds; the destination has room for `len` bytes behind those in use, is ours alone and cannot lie in
+        // an arena. After the copy those bytes are initialised.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, into.as_mut_ptr().add(used), len);
+            into.set_len(used + len);
+        }
+    }
+
     /// Copies bytes in.
     #[inline]
     pub fn write(&self, offset: usize, from: &[u8]) {
@@ -488,5 +515,28 @@ impl DmaBuffer {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_appended_is_what_the_arena_holds() {
+        let arena = Arena::new("append", PAGE, Pages::Small).expect("memory");
+        arena.write(10, b"entries");
+        let mut into = b"some ".to_vec();
+        arena.read_append(10, 7, &mut into);
+        arena.read_append(PAGE, 0, &mut into);
+        arena.read_append(PAGE - 1, 1, &mut into);
+        assert_eq!(into, b"some entries\0");
+    }
+
+    #[test]
+    #[should_panic(expected = "access outside an arena")]
+    fn nothing_is_appended_from_outside() {
+        let arena = Arena::new("append", PAGE, Pages::Small).expect("memory");
+        arena.read_append(PAGE - 1, 2, &mut Vec::new());
     }
 }

@@ -89,7 +89,7 @@ impl<'a> Entry<'a> {
     /// The range was deallocated (DLBA).
     #[inline]
     pub fn deallocated(&self) -> bool {
-        self.0[31] & 0x20 != 0
+        self.0[31] & DEALLOCATED != 0
     }
 
     /// An ordinary change of the entry's own range, which nearly all are: one test instead of two.
@@ -120,6 +120,9 @@ impl<'a> Entry<'a> {
         }
     }
 }
+
+/// DLBA: bit 5 of byte 31.
+const DEALLOCATED: u8 = 0x20;
 
 /// What the host knows of one region of a namespace.
 #[derive(Clone, Copy, Debug)]
@@ -180,74 +183,101 @@ impl<'a> Region<'a> {
     }
 }
 
-/// Lengthens ranges by what follows them, for a `cdq` answer: first [`Scratch::merge`], then a [`add`](Self::add) per change.
+/// Bits of byte 31 that say what an entry is: LBACIR, DLBA and ESA; not the phase tag, nor the reserved bit 4.
+const MEANING: u8 = 0xee;
+
+/// Lengthens ranges by what follows them, for a `cdq` answer: [`Scratch::merge`], then [`pass`](Self::pass) to the next entry that
+/// lengthens none, [`add`](Self::add) for it, and so on.
 ///
-/// Whether neighbours follow one another no processor can foresee, so nothing branches on it: each change writes the range that
-/// it begins or lengthens.
+/// An entry that follows the one before it costs one look; a record is written where a range ends.
 #[derive(Debug)]
 pub struct Merge<'a> {
-    /// The first is there for a range that nothing lengthens.
-    records: &'a mut [[u8; 16]],
-    last: usize,
+    records: &'a mut Vec<[u8; 16]>,
     slba: u64,
+    run: Run,
+}
+
+/// A range that grows.
+#[derive(Clone, Copy, Debug, Default)]
+struct Run {
     end: u64,
-    /// Where it lies, as bits 127:95 of its record: the namespace and whether it was deallocated.
-    place: u64,
+    /// The end that it may have at most: of its namespace, and of what a record can say. 0 where no range has begun: nothing
+    /// lengthens it.
+    limit: u64,
+    nsid: u32,
+    /// Byte 31 of its entries, without what is not their [`MEANING`].
+    kind: u8,
+}
+
+impl Run {
+    /// Whether `blocks` blocks of the entry lengthen the range: next to it, of its kind, not too long.
+    #[inline(always)]
+    fn is_followed_by(&self, entry: &Entry<'_>, blocks: u64) -> bool {
+        let alike = (entry.nsid() == self.nsid) & (entry.0[31] & MEANING == self.kind);
+        alike & (entry.slba() == self.end) & (blocks <= self.limit - self.end)
+    }
 }
 
 impl Merge<'_> {
-    /// Adds the logical blocks from `slba` up to, not including, `end`: at least one and at most [`RANGE_BLOCKS_MAX`].
+    /// Takes in the entries that do no more than lengthen the range that grows, and returns the first that does not.
     #[inline(always)]
-    pub fn add(&mut self, nsid: u32, slba: u64, end: u64, deallocated: bool) {
-        let place = u64::from(nsid) << 32 | u64::from(deallocated) << 31;
-        let follows = (slba == self.end) & (place == self.place);
-        self.slba = if follows { self.slba } else { slba };
-        self.last += usize::from(!follows);
-        if end.wrapping_sub(self.slba) > u64::from(RANGE_BLOCKS_MAX) {
-            self.slba = begin_anew(slba);
-            self.last += 1;
+    pub fn pass<'e>(&mut self, entries: &mut impl Iterator<Item = Entry<'e>>) -> Option<Entry<'e>> {
+        let mut run = self.run;
+        let next = entries.find(|entry| {
+            let follows = run.is_followed_by(entry, entry.blocks());
+            if follows {
+                run.end += entry.blocks();
+            }
+            !follows
+        });
+        self.run.end = run.end;
+        next
+    }
+
+    /// Adds an ordinary change of at most [`RANGE_BLOCKS_MAX`] blocks that begins within its namespace of `size` blocks; what
+    /// leaves the namespace is cut off.
+    #[inline(always)]
+    pub fn add(&mut self, entry: &Entry<'_>, size: u64) {
+        let (slba, left) = (entry.slba(), size.saturating_sub(entry.slba()));
+        let blocks = entry.blocks().min(left);
+        // It may follow all the same, now that it is cut.
+        if blocks < entry.blocks() && self.run.is_followed_by(entry, blocks) {
+            self.run.end += blocks;
+            return;
         }
-        (self.end, self.place) = (end, place);
-        // Always there, if no more changes come than were announced.
-        if let Some(record) = self.records.get_mut(self.last) {
-            let blocks = end.wrapping_sub(self.slba) & u64::from(RANGE_BLOCKS_MAX);
-            *record = (u128::from(self.slba) | u128::from(place | blocks) << 64).to_le_bytes();
+        self.write();
+        self.slba = slba;
+        let (end, limit) = (slba + blocks, slba + left.min(u64::from(RANGE_BLOCKS_MAX)));
+        self.run = Run { end, limit, nsid: entry.nsid(), kind: entry.0[31] & MEANING };
+    }
+
+    #[inline(always)]
+    fn write(&mut self) {
+        let Run { end, nsid, kind, .. } = self.run;
+        let blocks = end.wrapping_sub(self.slba);
+        if blocks != 0 {
+            let length = blocks as u32 & RANGE_BLOCKS_MAX | u32::from(kind & DEALLOCATED) << 26;
+            self.records.push(record(self.slba, length, nsid));
         }
     }
 
     /// The ranges, in the order in which they began.
     #[inline(always)]
-    pub fn finish(self) -> Ranges {
-        Ranges(copy_of(self.records, self.last))
+    pub fn finish(mut self) -> Ranges {
+        self.write();
+        Ranges(self.records.as_flattened().to_vec())
     }
 }
 
-/// The first `count` records after the one at 0. Apart from [`Merge::finish`], so that a merge stays in registers.
-#[inline(never)]
-fn copy_of(records: &[[u8; 16]], count: usize) -> Vec<u8> {
-    records.get(1..=count).unwrap_or_default().as_flattened().to_vec()
-}
-
-/// Where the next range begins when the last one is full. A call, so that a change does not wait for the length of the range
-/// before it: a branch that is never taken is foreseen, a value chosen by it is not.
-#[cold]
-#[inline(never)]
-fn begin_anew(slba: u64) -> u64 {
-    slba
-}
-
-/// Room to merge in, kept from call to call: it is cleared once, when it grows.
+/// Room to merge in, kept from call to call, so that an answer is allocated once and no longer than it is.
 #[derive(Debug, Default)]
 pub struct Scratch(Vec<[u8; 16]>);
 
 impl Scratch {
-    /// Begins to merge up to `changes` changes.
-    pub fn merge(&mut self, changes: usize) -> Merge<'_> {
-        if self.0.len() <= changes {
-            self.0.resize(changes + 1, [0; 16]);
-        }
-        // No namespace has NSID 0: the first change follows nothing.
-        Merge { records: &mut self.0, last: 0, slba: 0, end: 0, place: 0 }
+    /// Begins to merge a batch.
+    pub fn merge(&mut self) -> Merge<'_> {
+        self.0.clear();
+        Merge { records: &mut self.0, slba: 0, run: Run::default() }
     }
 }
 
@@ -264,7 +294,7 @@ impl Ranges {
 
     /// Adds every logical block of a namespace.
     pub fn push_namespace(&mut self, nsid: u32) {
-        push_record(&mut self.0, 0, 0, nsid);
+        self.0.extend_from_slice(&record(0, 0, nsid));
     }
 
     /// The packed bytes.
@@ -322,18 +352,15 @@ pub fn choice(chunk_log2: u8, hold: bool) -> u8 {
     chunk_log2 & 0x1f | if hold { 0x80 } else { 0 }
 }
 
-fn push_record(to: &mut Vec<u8>, slba: u64, length: u32, nsid: u32) {
-    let mut record = [0; 16];
-    record[..8].copy_from_slice(&slba.to_le_bytes());
-    record[8..12].copy_from_slice(&length.to_le_bytes());
-    record[12..].copy_from_slice(&nsid.to_le_bytes());
-    to.extend_from_slice(&record);
+#[inline]
+fn record(slba: u64, length: u32, nsid: u32) -> [u8; 16] {
+    (u128::from(slba) | u128::from(length) << 64 | u128::from(nsid) << 96).to_le_bytes()
 }
 
 fn push_pieces(to: &mut Vec<u8>, nsid: u32, mut slba: u64, mut blocks: u64, longest: u32, flags: u32) {
     while blocks != 0 {
         let piece = blocks.min(u64::from(longest)) as u32;
-        push_record(to, slba, piece | flags, nsid);
+        to.extend_from_slice(&record(slba, piece | flags, nsid));
         // A device may name a range that runs past 2^64; the host refuses it, so nothing may panic here.
         slba = slba.wrapping_add(u64::from(piece));
         blocks -= u64::from(piece);
@@ -428,34 +455,55 @@ mod tests {
         let mut scratch = Scratch::default();
         let longest = u64::from(RANGE_BLOCKS_MAX);
         let far = 1 << 40;
+        let size = far + longest + 5;
+        // Namespace, first block, blocks, byte 31; whether it lengthens.
+        let changes = [
+            (3, 0, 7, 1, false),
+            (3, 7, 2, 0x10, true),
+            (4, 9, 3, 0, false),
+            (4, 12, 1, 0x20, false),
+            (4, far, longest - 1, 0, false),
+            (4, far + longest - 1, 1, 1, true),
+            (4, far + longest, 1, 0, false),
+            (4, far + longest + 1, 3, 0, true),
+            (4, far + longest + 4, 3, 0, false),
+            (4, far, 1, 0, false),
+        ];
         for _ in 0..2 {
-            let mut merge = scratch.merge(8);
-            merge.add(3, 0, 7, false);
-            merge.add(3, 7, 9, false);
-            merge.add(4, 9, 12, false);
-            merge.add(4, 12, 13, true);
-            merge.add(4, far, far + longest - 1, false);
-            merge.add(4, far + longest - 1, far + longest, false);
-            merge.add(4, far + longest, far + longest + 1, false);
-            merge.add(4, far, far + 1, false);
+            let mut merge = scratch.merge();
+            for (nsid, slba, blocks, last, lengthens) in &changes {
+                let bytes = entry(*nsid, (blocks - 1) as u32, *slba, *last);
+                let entry = Entry(&bytes);
+                let left = merge.pass(&mut [entry].into_iter());
+                assert_eq!(left.is_none(), *lengthens, "{slba} of {nsid}");
+                if let Some(entry) = left {
+                    merge.add(&entry, size);
+                }
+            }
             let mut ranges = Ranges::default();
             ranges.push(3, 0, 9, false);
             ranges.push(4, 9, 3, false);
             ranges.push(4, 12, 1, true);
             ranges.push(4, far, longest, false);
-            ranges.push(4, far + longest, 1, false);
+            // The last block of the namespace, from an entry that leaves it.
+            ranges.push(4, far + longest, 5, false);
             ranges.push(4, far, 1, false);
             assert_eq!(merge.finish().into_bytes(), ranges.into_bytes());
         }
-        assert!(scratch.merge(0).finish().into_bytes().is_empty());
-        let mut small = Scratch::default();
-        let mut merge = small.merge(2);
-        merge.add(1, 1, 2, false);
-        merge.add(1, 3, 4, false);
-        assert_eq!(merge.finish().into_bytes().len(), 32, "as many ranges as changes were announced");
-        let mut merge = scratch.merge(0);
-        (0..20).for_each(|_| merge.add(1, 1, 2, false));
-        assert!(merge.finish().into_bytes().is_empty(), "more than announced: nothing, but no panic");
+        assert!(scratch.merge().finish().into_bytes().is_empty());
+        let nothing = entry(0, 0, 0, 0);
+        assert!(scratch.merge().pass(&mut [Entry(&nothing)].into_iter()).is_some(), "no range has begun");
+    }
+
+    #[test]
+    fn what_says_more_than_a_range_lengthens_none() {
+        for last in 0..=0xff_u8 {
+            let mut scratch = Scratch::default();
+            let mut merge = scratch.merge();
+            let (first, second) = (entry(1, 0, 0, 0), entry(1, 0, 1, last));
+            merge.add(&Entry(&first), 10);
+            assert_eq!(merge.pass(&mut [Entry(&second)].into_iter()).is_none(), last & 0xee == 0, "{last:#x}");
+        }
     }
 
     #[test]
