@@ -40,6 +40,9 @@ const MMC_PATIENCE_US: u64 = 10_000_000;
 /// Entries of the I/O queues that the media is copied through.
 const COPY_QUEUE: u16 = 128;
 
+/// Transfers at a time: enough to keep a disk busy in the last round, whose blocks lie apart.
+const TRANSFERS: usize = 64;
+
 /// What is run.
 pub struct LiveSpec<'a> {
     /// The configuration: policies' settings, limits, where records are kept.
@@ -397,6 +400,7 @@ fn migration_config(spec: &LiveSpec<'_>, controllers: (u16, u16)) -> MigrationCo
         controllers: vec![controllers],
         cdq_slots: file.migration.cdq_slots,
         copy: CopyConfig {
+            transfers: TRANSFERS,
             on_media_error: match file.migration.media_error {
                 MediaError::Fail => OnMediaError::Fail,
                 MediaError::Mark => OnMediaError::Mark,

@@ -210,7 +210,8 @@ impl Rounds {
     /// Whether to switch over, or what to do at the host's own limits.
     fn decide(&mut self, parts: &mut Parts, now: Time) -> Option<Turn> {
         let limits = parts.config.limits;
-        if self.probe.is_some() {
+        // A destination that is coming back gets what it lost in a round, not while the guest waits.
+        if self.probe.is_some() || parts.engine.destination().is_dead() {
             return None;
         }
         let over = self.number >= limits.max_rounds || now.us_since(parts.began) / 1000 >= limits.max_time_ms;

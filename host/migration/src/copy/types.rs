@@ -6,7 +6,7 @@ use dray_device::space::SpaceError;
 use dray_nvme::status::Status;
 
 /// Most bytes that one poll scans and starts.
-pub const POLL_BYTES: usize = 64 << 10;
+pub const POLL_BYTES: usize = 32 << 10;
 /// Most transfers.
 pub const MAX_TRANSFERS: usize = 256;
 /// Most blocks that may be marked as unreadable at the destination.
