@@ -4,11 +4,13 @@
 //! |---|---|
 //! | owner = source, not fenced, phase copying | the first read of a migration |
 //! | owner = destination, fenced, phase moved | the source's fence is raised, the slot pointed away, the destination resumed |
-//! | owner = source, not fenced, phase undone | the fence is lowered again by an undo |
-//! | owner = destination, fenced, phase done | the source's controller data queue is deleted and the migration reported done |
+//! | owner = source, not fenced, phase copying, once more | the fence is lowered by an undo, the source resumed |
+//! | owner = source, not fenced, phase undone | the migration is reported as undone |
+//! | owner = destination, fenced, phase done | the migration is reported as done |
 //!
-//! A record is never overwritten in place: the slot with the older epoch takes the new one, so a torn write leaves the one
-//! before. Whoever builds a controller reads the record first and puts the fence up if it says so.
+//! A record is never overwritten in place: the slot with the older record takes the new one, so a torn write leaves the one
+//! before. Not here yet: a process that outlives a migration, finds a record at its start, and puts the fence up before it
+//! builds the controller. The demo makes new disks each time and takes no notice of the records of the last run.
 
 use dray_device::poll::{Jobs, Pending};
 use dray_migration::{Journal, JournalError, Owner, Record, RecordPhase};
