@@ -8,7 +8,7 @@ use dray_device::backing::{Backing, BackingInfo, BackingOp, BackingRequest, Subm
 use dray_device::memory::{Arena, DmaBuffer, Pages};
 use dray_device::poll::Time;
 use dray_nvme::status::Status;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -53,7 +53,7 @@ impl Flight {
 }
 
 fn writes(op: BackingOp) -> bool {
-    matches!(op, BackingOp::Write { .. } | BackingOp::WriteZeroes { .. } | BackingOp::Deallocate)
+    matches!(op, BackingOp::Write { .. } | BackingOp::WriteZeroes { .. } | BackingOp::Deallocate | BackingOp::WriteUncorrectable)
 }
 
 struct State {
@@ -69,6 +69,8 @@ struct State {
     /// How many of those were flushed ever.
     flushed: u64,
     failing: Vec<Failing>,
+    /// Blocks that Write Uncorrectable has marked.
+    marks: BTreeSet<u64>,
     swallow: u32,
     swallowed: Vec<Flight>,
     watched: bool,
@@ -109,6 +111,7 @@ impl Disk {
             undo: VecDeque::new(),
             flushed: 0,
             failing: Vec::new(),
+            marks: BTreeSet::new(),
             swallow: 0,
             swallowed: Vec::new(),
             watched: false,
@@ -274,6 +277,12 @@ impl State {
             arena.read(start, &mut before);
             self.undo.push_back((start, before));
         }
+        let blocks = flight.slba..flight.slba + flight.blocks;
+        match flight.op {
+            BackingOp::WriteUncorrectable => return self.marks.extend(blocks),
+            op if writes(op) => self.marks.retain(|block| !blocks.contains(block)),
+            _ => {}
+        }
         match flight.op {
             BackingOp::Read | BackingOp::Write { .. } => {
                 let mut at = start;
@@ -294,6 +303,9 @@ impl State {
     fn fate(&mut self, request: &BackingRequest<'_>) -> (Status, bool) {
         let reads = request.op == BackingOp::Read;
         let (first, end) = (request.slba, request.slba + request.blocks);
+        if reads && self.marks.range(first..end).next().is_some() {
+            return (Status::UNRECOVERED_READ, false);
+        }
         let hit = self.failing.iter_mut().find(|failing| {
             let kind = failing.reads == reads && (reads || writes(request.op));
             kind && failing.times > 0 && failing.blocks.start < end && first < failing.blocks.end
@@ -352,6 +364,10 @@ impl Backing for DiskBacking {
         }
         state.flights.push(flight);
         Submitted::Pending
+    }
+
+    fn can_write_uncorrectable(&self) -> bool {
+        true
     }
 
     fn commit(&mut self) {}

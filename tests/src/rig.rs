@@ -430,6 +430,10 @@ impl Backing for HeldBacking {
         Submitted::Pending
     }
 
+    fn can_write_uncorrectable(&self) -> bool {
+        true
+    }
+
     fn commit(&mut self) {}
 
     fn poll(&mut self, _now: Time, done: &mut dyn FnMut(u64, Status)) -> usize {

@@ -69,8 +69,6 @@ pub struct SubsystemConfig {
     pub jobs: u16,
     /// Most bytes of one UDMQ.
     pub max_cdq_bytes: u64,
-    /// Ranges that Write Uncorrectable may mark in one namespace.
-    pub max_uncorrectable: usize,
 }
 
 impl Default for SubsystemConfig {
@@ -86,7 +84,6 @@ impl Default for SubsystemConfig {
             contexts: 256,
             jobs: 4,
             max_cdq_bytes: 64 << 20,
-            max_uncorrectable: 1024,
         }
     }
 }

@@ -1,18 +1,21 @@
 //! One controller: port, registers, reset and shutdown, the fetch gate, suspend and resume.
 //!
 //! Everything that can stop a controller from fetching is looked at before every batch: disabled, shut down, suspended, fenced,
-//! its port taken away, its limit used up. A fenced controller that is enabled answers with CSTS.CFS. A suspended controller
+//! its port taken away, its limit used up. A fenced controller that is enabled is not ready before the fence is down. A suspended controller
 //! that has no state yet, or one that was restored and not resumed, does not look at its registers at all: the guest's CC.EN
 //! belongs to the controller it comes from.
 
 use crate::admin::{AdminState, Event};
 use crate::config::{ConfigError, ControllerConfig, ControllerRole, SubsystemConfig};
 use crate::context::{Outcome, Work};
+use crate::deviations::{Deviation, Oddities};
 use crate::engine::Engine;
 use crate::features::Features;
 use crate::limit::Limit;
 use crate::queue::{CQE_BYTES, Cq, Ready, Sq};
 use crate::subsystem::Shared;
+use crate::udmq::Udmq;
+use dray_device::planted::{self, Fault};
 use dray_device::poll::Time;
 use dray_device::slot::{Connector, Fence, Port};
 use dray_nvme::command::SubmissionEntry;
@@ -84,6 +87,7 @@ pub(crate) struct Controller {
     /// The address space changed under queues that have not been looked up again.
     remapped: bool,
     released: u64,
+    pub(crate) oddities: Oddities,
     pub(crate) now: Time,
 }
 
@@ -128,6 +132,7 @@ impl Controller {
             coalescing: false,
             remapped: false,
             released: 0,
+            oddities: Oddities::default(),
             now: Time::default(),
             config,
         })
@@ -250,10 +255,11 @@ impl Controller {
         self.engine.wce = true;
         self.management = None;
         self.enabled = false;
-        self.ending = !self.engine.is_quiet();
+        self.ending = !self.engine.is_quiet() && !planted::on(Fault::ResetKeepsOldWrites);
         self.fatal = false;
         self.shutdown = Shutdown::None;
         (self.restored, self.parted) = (false, false);
+        self.oddities.reset();
         self.engine.counters.resets += 1;
         self.was_reset = true;
         self.end_suspension(shared);
@@ -309,6 +315,9 @@ impl Controller {
         while fetched < BUDGET && self.management.is_none() {
             let Some((sq, cq)) = self.sqs[0].as_mut().zip(self.cqs[0].as_mut()) else { break };
             let looked = sq.look(port.bar());
+            if self.oddities.skips_admin(sq.tail) {
+                break;
+            }
             // What the guest mapped before it rang must be seen: its map came before the doorbell.
             self.remapped |= self.engine.reader.refresh();
             let reserved = looked.and_then(|()| if sq.is_empty() { Ok(false) } else { cq.reserve(port.bar()) });
@@ -428,7 +437,8 @@ impl Controller {
                 Some(status)
             }
             Work::Change => {
-                self.engine.changed(shared, namespace, slba, blocks, false, status);
+                let told = !(abandoned && planted::on(Fault::AbortedNotLogged));
+                self.engine.changed_and(shared, namespace, (slba, blocks), false, status, told);
                 Some(status)
             }
             Work::Flush => Some(status),
@@ -450,10 +460,16 @@ impl Controller {
     /// Posts what is ready: first the log, so that no completion is seen before its change is reported.
     #[inline]
     fn finish_batch(&mut self, port: &Port, shared: &mut Shared) -> u32 {
-        self.engine.flush_log(shared);
+        if self.ready.is_empty() || !planted::on(Fault::CompletionBeforeEntry) {
+            self.engine.flush_log(shared);
+        }
         let count = self.ready.len() as u32;
         if count == 0 {
             return 0;
+        }
+        let place = self.engine.log.as_ref().map(Udmq::place);
+        if self.oddities.holds(&self.engine.deviating, place, self.ready.len()) {
+            return 1;
         }
         let ready = std::mem::take(&mut self.ready);
         for ready in &ready {
@@ -562,6 +578,18 @@ impl Controller {
         self.run = Run::Suspended;
     }
 
+    /// A device that deviates does not look at the admin queue after Resume, whatever the doorbell has said by then.
+    #[inline]
+    fn resume_oddly(&mut self) {
+        if !self.engine.deviating.is(Deviation::ResumeSkipsAdmin) {
+            return;
+        }
+        if let Some((sq, port)) = self.sqs[0].as_mut().zip(self.port.as_ref()) {
+            let _refused = sq.look(port.bar());
+            self.oddities.resumed(&self.engine.deviating, sq.head, sq.tail);
+        }
+    }
+
     /// Resume: the queues' memory must be there. A restored controller publishes its registers, takes the doorbells as they
     /// stand, and wakes the guest where completions wait.
     pub(crate) fn resume(&mut self, shared: &mut Shared) -> Result<(), Status> {
@@ -573,11 +601,18 @@ impl Controller {
         if self.restored && self.port.is_none() {
             return Err(Status::COMMAND_SEQUENCE.with_dnr());
         }
-        if let Some(port) = &self.port {
+        (self.restored, self.parted) = (false, false);
+        self.resume_oddly();
+        self.end_suspension(shared);
+        let port = self.port.take();
+        if let Some(port) = &port {
             if !self.enabled {
                 (self.resets_seen, self.cc_seen) = (port.bar().resets(), 0);
             }
             Self::publish_constants(port.bar(), self.cap);
+            // A reset since the state was taken is done before anything is shown: a guest that waits for the new CSTS.RDY must
+            // not see the old one.
+            self.registers(port, shared);
             self.publish_status(port);
             for cq in self.cqs.iter_mut().flatten() {
                 let _refused = cq.look(port.bar());
@@ -586,8 +621,7 @@ impl Controller {
                 }
             }
         }
-        (self.restored, self.parted) = (false, false);
-        self.end_suspension(shared);
+        self.port = port;
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::config::{ConfigError, SubsystemConfig};
 use crate::context::{Contexts, Outcome, Work};
+use crate::deviations::{Deviating, Deviation};
 use crate::job::Jobs;
 use crate::memtrack::MemoryTracker;
 use crate::namespace::Namespace;
@@ -9,6 +10,7 @@ use crate::subsystem::Shared;
 use crate::udmq::Udmq;
 use dray_device::backing::{BackingOp, BackingRequest, Submitted};
 use dray_device::memory::Segment;
+use dray_device::planted::{self, Fault};
 use dray_device::space::{AddressSpace, SpaceReader};
 use dray_nvme::status::Status;
 
@@ -62,6 +64,7 @@ pub(crate) struct Engine {
     pub(crate) moved: usize,
     /// Guest memory of the command at hand.
     pub(crate) ranges: Vec<(u64, u32)>,
+    pub(crate) deviating: Deviating,
 }
 
 /// An operation of a command, about to go to a backing.
@@ -91,6 +94,7 @@ impl Engine {
             max_transfer,
             moved: 0,
             ranges: Vec::with_capacity(crate::dptr::MAX_SEGMENTS),
+            deviating: Deviating::default(),
         })
     }
 
@@ -158,15 +162,15 @@ impl Engine {
             Submitted::Pending => Outcome::Pending,
             Submitted::Done(status) => {
                 if operation.work == Work::Change {
-                    self.changed(shared, operation.namespace, operation.slba, operation.blocks, false, status);
+                    let told = operation.op != BackingOp::WriteUncorrectable || !self.deviating.does(Deviation::CopyNotLogged);
+                    self.changed_and(shared, operation.namespace, (operation.slba, operation.blocks), false, status, told);
                 }
                 status.into()
             }
         }
     }
 
-    /// The media has been touched (design rule 6): whatever the status, the change is logged; a success also makes marked
-    /// blocks readable again.
+    /// The media has been touched (design rule 6): whatever the status, the change is logged.
     #[inline]
     pub(crate) fn changed(
         &mut self,
@@ -177,13 +181,29 @@ impl Engine {
         deallocated: bool,
         status: Status,
     ) {
+        self.changed_and(shared, namespace, (slba, blocks), deallocated, status, true);
+    }
+
+    /// As [`changed`](Self::changed), logged only if `told`.
+    #[inline]
+    pub(crate) fn changed_and(
+        &mut self,
+        shared: &mut Shared,
+        namespace: u16,
+        (slba, mut blocks): (u64, u64),
+        mut deallocated: bool,
+        status: Status,
+        told: bool,
+    ) {
         let Some(namespace) = shared.namespaces.get_mut(usize::from(namespace)) else { return };
-        if !namespace.uncorrectable.is_empty() && !status.is_error() {
-            namespace.uncorrectable.clear(slba, blocks);
-        }
         if let Some(log) = &mut self.log
             && log.logging()
+            && told
+            && !(status.is_error() && planted::on(Fault::FailedWriteNotLogged))
         {
+            if deallocated && self.deviating.does(Deviation::DsmCountNotZeroBased) {
+                (blocks, deallocated) = (blocks + 1, false);
+            }
             let posted = log.changed(namespace.config.nsid, slba, blocks, deallocated);
             let id = log.id;
             shared.cdq_posted(id, &posted);

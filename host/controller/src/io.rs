@@ -77,7 +77,7 @@ impl Engine {
             NvmOpcode::COMPARE => self.compare(entry, sqid, namespace, shared),
             NvmOpcode::VERIFY => self.verify(entry, sqid, namespace, shared),
             NvmOpcode::COPY => self.copy(entry, sqid, namespace, shared),
-            _ => self.write_uncorrectable(entry, namespace, shared),
+            _ => self.write_uncorrectable(entry, sqid, namespace, shared),
         };
         outcome.unwrap_or_else(Outcome::from)
     }
@@ -146,9 +146,6 @@ impl Engine {
         let index = usize::from(range.namespace);
         let namespace = shared.namespaces.get_mut(index).ok_or(Status::INTERNAL_ERROR)?;
         let read = op == BackingOp::Read;
-        if read && !namespace.uncorrectable.is_empty() && namespace.uncorrectable.touches(range.slba, range.blocks) {
-            return Err(Status::UNRECOVERED_READ);
-        }
         self.ranges.clear();
         let work = if read { Work::Read } else { Work::Change };
         let Range { slba, blocks, len, .. } = range;
@@ -214,17 +211,17 @@ impl Engine {
     fn write_uncorrectable(
         &mut self,
         entry: &SubmissionEntry,
+        sqid: u16,
         ns: u16,
         shared: &mut Shared,
     ) -> Result<Outcome, Status> {
-        let (range, _) = self.range(entry, ns, shared, false, true)?;
-        let namespace = shared.namespaces.get_mut(usize::from(ns)).ok_or(Status::INTERNAL_ERROR)?;
-        if !namespace.uncorrectable.mark(range.slba, range.blocks) {
-            return Err(Status::INTERNAL_ERROR);
+        let Range { slba, blocks, .. } = self.range(entry, ns, shared, false, true)?.0;
+        let namespace = shared.namespaces.get(usize::from(ns)).ok_or(Status::INTERNAL_ERROR)?;
+        if !namespace.backing.can_write_uncorrectable() {
+            return Err(Status::INVALID_OPCODE.with_dnr());
         }
-        // Not a success to `changed`, which would clear the mark again.
-        self.changed(shared, ns, range.slba, range.blocks, false, Status::UNRECOVERED_READ);
-        Ok(Status::SUCCESS.into())
+        let (op, cid) = (BackingOp::WriteUncorrectable, entry.cdw0.cid());
+        Ok(self.submit_plain(shared, &Operation { op, work: Work::Change, namespace: ns, slba, blocks, sqid, cid }))
     }
 
     fn dsm(&mut self, entry: &SubmissionEntry, sqid: u16, ns: u16, shared: &mut Shared) -> Result<Outcome, Status> {

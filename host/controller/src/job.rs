@@ -5,6 +5,7 @@
 
 use crate::config::ConfigError;
 use crate::context::{Outcome, Work};
+use crate::deviations::Deviation;
 use crate::engine::Engine;
 use crate::namespace::Namespace;
 use crate::subsystem::Shared;
@@ -148,9 +149,6 @@ impl Job {
         let (slba, blocks) = (self.slba, self.blocks);
         let len = (blocks << namespace.block_shift) as usize;
         let (op, slba) = match (self.phase, self.kind) {
-            (Phase::Read, _) if namespace.uncorrectable.touches(slba, blocks) => {
-                return Submitted::Done(Status::UNRECOVERED_READ);
-            }
             (Phase::Read, _) => (BackingOp::Read, slba),
             (Phase::Change, JobKind::Copy { fua }) => (BackingOp::Write { fua }, self.target),
             (Phase::Change, JobKind::Zero { deallocate, fua }) => (BackingOp::WriteZeroes { deallocate, fua }, slba),
@@ -293,7 +291,9 @@ impl Engine {
             ended = Some(Status::ABORTED_BY_REQUEST);
         }
         for &(slba, blocks) in &logged[..count] {
-            self.changed(shared, namespace, slba, blocks, kind == JobKind::Deallocate, Status::SUCCESS);
+            let told = self.is_told(index, slba);
+            let deallocated = kind == JobKind::Deallocate;
+            self.changed_and(shared, namespace, (slba, blocks), deallocated, Status::SUCCESS, told);
         }
         if let Some(status) = ended {
             self.end_job(index, shared, status);
@@ -301,7 +301,22 @@ impl Engine {
         ended
     }
 
+    /// Whether what a job touched from `slba` on is logged: always, but with devices that deviate.
+    #[inline]
+    fn is_told(&self, index: u16, slba: u64) -> bool {
+        let Some(job) = self.jobs.jobs.get(usize::from(index)) else { return true };
+        match job.kind {
+            JobKind::Copy { .. } => !self.deviating.does(Deviation::CopyNotLogged),
+            JobKind::Deallocate if self.deviating.is(Deviation::DsmGapDropped) => {
+                let first = job.ranges.iter().find(|(_, blocks)| *blocks > 0);
+                first.is_none_or(|(first, _)| *first == slba) || !self.deviating.does(Deviation::DsmGapDropped)
+            }
+            _ => true,
+        }
+    }
+
     fn end_job(&mut self, index: u16, shared: &mut Shared, status: Status) {
+        let told = self.jobs.jobs.get(usize::from(index)).is_none_or(|job| job.touched.1 == 0 || self.is_told(index, job.touched.0));
         let Some(job) = self.jobs.jobs.get_mut(usize::from(index)) else { return };
         let (slba, blocks) = std::mem::take(&mut job.touched);
         let (namespace, context, kind) = (job.namespace, job.context, job.kind);
@@ -309,7 +324,7 @@ impl Engine {
         self.jobs.active -= 1;
         self.contexts.free(context);
         if blocks > 0 {
-            self.changed(shared, namespace, slba, blocks, kind == JobKind::Deallocate, status);
+            self.changed_and(shared, namespace, (slba, blocks), kind == JobKind::Deallocate, status, told);
         }
     }
 

@@ -14,9 +14,12 @@
 //! finds no room is not fetched. Commands never allocate, except a few admin commands.
 //!
 //! **What it does not do yet.** Fused operations, protection information, metadata, namespace management, Format, Sanitize,
-//! reservations, doorbell buffers, weighted arbitration, bit buckets, queues that span mappings. Ranges marked by Write
-//! Uncorrectable do not outlive the subsystem. Commands under way cannot be aborted, except those that work in steps. The
+//! reservations, doorbell buffers, weighted arbitration, bit buckets, queues that span mappings. Write Uncorrectable is offered
+//! where every backing can keep marks (memory does, a file does not). Commands under way cannot be aborted, except those that work in steps. The
 //! ranges of a Copy that overlap their target are copied chunk by chunk, so the outcome is what that gives.
+//!
+//! **For the simulator alone.** Behind the feature `deviations` a subsystem behaves, switch by switch, as devices that deviate
+//! from the specification do, and uses the freedom that the specification leaves a data queue's producer.
 //!
 //! **Where to start reading.** [`subsystem`](Subsystem) polls controllers; `controller` is one of them; `io` is the hot path;
 //! `udmq` is what a migration reads; `manage` and `restore` are the migration commands.
@@ -26,6 +29,7 @@ mod backing;
 mod config;
 mod context;
 mod controller;
+mod deviations;
 mod dptr;
 mod engine;
 mod features;
@@ -44,9 +48,14 @@ mod udmq;
 
 pub use backing::{FileBacking, FileBackingError, MemoryBacking, MemoryBackingError, NullBacking, SizeError};
 pub use config::{ConfigError, ControllerConfig, ControllerRole, MAX_NSID, NamespaceConfig, SubsystemConfig};
+#[cfg(feature = "deviations")]
+pub use deviations::{Deviation, Deviations, UdmqFreedom};
 pub use engine::ControllerCounters;
 pub use state::{
     ControllerState, CqSnapshot, Features, MAX_AERS, MAX_STATE_BYTES, MAX_STATE_QUEUES, MAX_VECTORS, SqSnapshot, StateFormats, VENDOR_UUID,
     VendorState, decode, encode,
 };
 pub use subsystem::Subsystem;
+
+#[cfg(all(test, loom))]
+mod loom_tests;

@@ -4,9 +4,10 @@
 
 use crate::admin::Event;
 use crate::controller::{Controller, Run};
+use crate::deviations::Deviation;
 use crate::memtrack::{MemoryTracker, TrackLimits, TrackRefusal};
 use crate::queue::Ready;
-use crate::state::{StateFormats, StatePart, StateSequence, encode};
+use crate::state::{ControllerState, StateFormats, StatePart, StateSequence, encode};
 use crate::subsystem::{MAX_TRACKED_IN_ALL, MAX_TRACKED_RANGES, Subsystem, TRACK_GRANULARITY};
 use crate::udmq::{CdqMemory, MIN_SLOTS, Udmq};
 use dray_device::poll::Time;
@@ -14,7 +15,7 @@ use dray_nvme::cdq::{QueueType, UDMQ_ENTRY_DWORDS};
 use dray_nvme::command::{
     AdminOpcode, CdqCdw10, CdqCreateCdw11, CdqDeleteCdw11, CdqFeatureCdw11, CdqSelect, CntlidCdw11, FeatureSelect,
     FeaturesCdw10, GetControllerStateCdw10, GetControllerStateCdw11, GetControllerStateDw0, MigrationReceiveSelect,
-    MigrationSendCdw10, MigrationSendSelect, SetControllerStateCdw10, SetControllerStateCdw11, SubmissionEntry,
+    MigrationSendCdw10, MigrationSendSelect, SequenceIndicator, SetControllerStateCdw10, SetControllerStateCdw11, SubmissionEntry,
     SuspendCdw11, SuspendType, TrackReceiveCdw10, TrackReceiveSelect, TrackSendCdw10, TrackSendLogCdw11,
     TrackSendSelect,
 };
@@ -114,7 +115,10 @@ impl Subsystem {
     /// The migratable controller with that CNTLID.
     fn target(&self, cntlid: u16) -> Result<usize, Status> {
         let found = self.controllers.iter().position(|c| c.config.cntlid == cntlid && !c.is_manager());
-        found.ok_or(Status::INVALID_CONTROLLER_ID.with_dnr())
+        found.ok_or_else(|| {
+            let differs = self.shared.deviating.does(Deviation::StatusesDiffer);
+            if differs { invalid() } else { Status::INVALID_CONTROLLER_ID.with_dnr() }
+        })
     }
 
     /// The controller that a data queue watches.
@@ -133,9 +137,17 @@ impl Subsystem {
             return;
         }
         self.management = Management::default();
-        for controller in self.controllers.iter_mut().filter(|c| !c.is_manager()) {
+        let deviating = self.shared.deviating.clone();
+        for (at, controller) in self.controllers.iter_mut().enumerate().filter(|(_, c)| !c.is_manager()) {
+            let logged = controller.engine.log.as_ref().is_some_and(Udmq::logging);
+            if logged && deviating.is(Deviation::LoggingSurvivesReset) {
+                deviating.leave_on(at);
+            }
             controller.engine.log = None;
             controller.engine.tracker = None;
+            if controller.run != Run::Active && deviating.does(Deviation::SuspensionSurvivesReset) {
+                continue;
+            }
             if controller.waits_for_resume() {
                 controller.fail_restored(&mut self.shared);
             }
@@ -203,6 +215,8 @@ impl Subsystem {
                 self.discard_events(index, id);
                 Ok(Some(0))
             }
+            CdqSelect::CREATE => Err(invalid().into()),
+            _ if self.shared.deviating.does(Deviation::StatusesDiffer) => Err(Status::SUCCESS.with_dnr().into()),
             _ => Err(invalid().into()),
         }
     }
@@ -236,7 +250,12 @@ impl Subsystem {
         }
         let taken: Vec<u16> = self.controllers.iter().filter_map(|c| c.engine.log.as_ref().map(|log| log.id)).collect();
         let id = (0..=u16::MAX).find(|id| !taken.contains(id)).ok_or(Status::NOT_ENOUGH_RESOURCES)?;
-        self.controllers[target].engine.log = Some(Udmq::new(id, cdw11.cqs(), memory, dwords / UDMQ_ENTRY_DWORDS));
+        let mut log = Udmq::new(id, cdw11.cqs(), memory, dwords / UDMQ_ENTRY_DWORDS);
+        log.deviating = self.shared.deviating.clone();
+        if log.deviating.was_left_on(target) && log.deviating.does(Deviation::LoggingSurvivesReset) {
+            log.was_left_on();
+        }
+        self.controllers[target].engine.log = Some(log);
         Ok(Some(id.into()))
     }
 
@@ -250,6 +269,9 @@ impl Subsystem {
         let cdw10 = TrackSendCdw10::from_bits(entry.cdw10);
         match cdw10.sel() {
             TrackSendSelect::LOG_USER_DATA_CHANGES => self.log_changes(cdw10.lact(), entry),
+            TrackSendSelect::TRACK_MEMORY_CHANGES if self.shared.deviating.does(Deviation::NoMemoryTracking) => {
+                Err(Status::INTERNAL_ERROR.into())
+            }
             TrackSendSelect::TRACK_MEMORY_CHANGES => self.track_memory(index, cdw10.tact(), entry),
             _ => Err(invalid().into()),
         }
@@ -311,6 +333,9 @@ impl Subsystem {
     }
 
     fn track_receive(&mut self, index: usize, entry: &SubmissionEntry) -> Answer {
+        if self.shared.deviating.does(Deviation::NoMemoryTracking) {
+            return Err(Status::INTERNAL_ERROR.into());
+        }
         let cdw10 = TrackReceiveCdw10::from_bits(entry.cdw10);
         let len = (u64::from(entry.cdw12) + 1) * 4;
         let len = usize::try_from(len).unwrap_or(usize::MAX);
@@ -348,10 +373,28 @@ impl Subsystem {
             _ => return Err(invalid().into()),
         }
         self.management.drop_snapshot(target);
+        if self.controllers[target].run == Run::Suspended && self.shared.deviating.is(Deviation::SuspendMarksAlways) {
+            self.mark_suspended(target);
+        }
         self.controllers[target].suspend();
         let cid = entry.cdw0.cid();
         self.management.suspends.push(PendingSuspend { manager, cid, target, delete_queue: cdw11.dudmq() });
         Ok(None)
+    }
+
+    /// A device that deviates marks the log again.
+    fn mark_suspended(&mut self, target: usize) {
+        if let Some(log) = &mut self.controllers[target].engine.log {
+            let (id, posted) = (log.id, log.suspended());
+            self.shared.cdq_posted(id, &posted);
+        }
+    }
+
+    /// A device that deviates has the next phase tag where S0PT belongs: while the tail is 0 that is the other one.
+    fn turn_phases(&self, state: &mut ControllerState) {
+        for cq in state.cqs.iter_mut().filter(|cq| cq.tail == 0) {
+            cq.phase ^= self.shared.deviating.does(Deviation::PhaseInsteadOfS0pt);
+        }
     }
 
     fn resume(&mut self, entry: &SubmissionEntry) -> Answer {
@@ -403,8 +446,16 @@ impl Subsystem {
             offset: u64::from(entry.cdw12) | u64::from(entry.cdw13) << 32,
             data: &data,
         };
-        if let Some(state) = sequence.take(&part)? {
+        let deviating = &self.shared.deviating;
+        if part.seqind != SequenceIndicator::ONLY && deviating.does(Deviation::StateInOneCommand) {
+            return Err(Status::INTERNAL_ERROR.into());
+        }
+        if part.csuuidi != 0 && deviating.does(Deviation::StateIndexWide) {
+            return Err(invalid().into());
+        }
+        if let Some(mut state) = sequence.take(&part)? {
             sequence.clear();
+            self.turn_phases(&mut state);
             self.controllers[target].restore(&state, &mut self.shared)?;
         }
         Ok(Some(0))
@@ -416,7 +467,9 @@ impl Subsystem {
         if cdw10.sel() != MigrationReceiveSelect::GET_CONTROLLER_STATE {
             return Err(invalid().into());
         }
-        let target = self.target(cdw11.cntlid())?;
+        let target = self.target(cdw11.cntlid()).map_err(|status| {
+            if self.shared.deviating.is(Deviation::StatusesDiffer) { Status::INVALID_CDQ.with_dnr() } else { status }
+        })?;
         let formats = StateFormats::of(cdw10.csvi(), cdw11.csuuidi())?;
         let offset = u64::from(entry.cdw12) | u64::from(entry.cdw13) << 32;
         let len = (u64::from(entry.cdw15) + 1).saturating_mul(4);
@@ -428,7 +481,9 @@ impl Subsystem {
         let run = self.controllers[target].run;
         let same = |kept: &Snapshot| kept.target == target && kept.formats == formats && kept.run == run;
         if offset == 0 || !self.management.snapshot.as_ref().is_some_and(same) {
-            let bytes = encode(&self.controllers[target].snapshot(), formats.nvme, formats.vendor)?;
+            let mut state = self.controllers[target].snapshot();
+            self.turn_phases(&mut state);
+            let bytes = encode(&state, formats.nvme, formats.vendor)?;
             self.management.snapshot = Some(Snapshot { target, formats, run, bytes });
         }
         let state = self.management.snapshot.as_ref().map_or(&[][..], |kept| &kept.bytes);
@@ -437,7 +492,8 @@ impl Subsystem {
         let count = from.len().min(len);
         data[..count].copy_from_slice(&from[..count]);
         self.controllers[index].put_data(entry, &data)?;
-        Ok(Some(GetControllerStateDw0::new().with_csup(run == Run::Suspended).into_bits().into()))
+        let told = run == Run::Suspended && !self.shared.deviating.does(Deviation::CsupNeverSet);
+        Ok(Some(GetControllerStateDw0::new().with_csup(told).into_bits().into()))
     }
 
     fn set_feature(&mut self, index: usize, entry: &SubmissionEntry, now: Time) -> Answer {
@@ -455,7 +511,10 @@ impl Subsystem {
         let trigger = cdw11.etpt().then_some(entry.cdw13);
         let log = self.watched(id)?.engine.log.as_mut().ok_or(Status::INVALID_CDQ)?;
         let posted = log.set_head(entry.cdw12, trigger)?;
-        self.controllers[index].admin.discard(Event::one_shot(AsyncEvent::CDQ_TAIL_POINTER, id));
+        let (event, admin) = (Event::one_shot(AsyncEvent::CDQ_TAIL_POINTER, id), &mut self.controllers[index].admin);
+        if !(admin.has(&event) && self.shared.deviating.does(Deviation::EventStaysPending)) {
+            admin.discard(event);
+        }
         self.shared.cdq_posted(id, &posted);
         Ok(Some(0))
     }

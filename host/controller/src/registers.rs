@@ -6,7 +6,7 @@ use crate::engine::Operation;
 use crate::queue::{CQE_BYTES, Cq, QueueMemory, SQE_BYTES, Sq};
 use crate::subsystem::Shared;
 use dray_device::backing::BackingOp;
-use dray_device::bar::Bar;
+use dray_device::bar::{Bar, Control};
 use dray_device::slot::Port;
 use dray_nvme::registers::{
     Aqa, CQES, Cap, Cc, CommandSetSelected, Csts, SQES, ShutdownNotification, ShutdownStatus, cq_head_doorbell, offset,
@@ -50,12 +50,9 @@ impl Controller {
         if self.run != Run::Active && (!self.enabled || self.restored || self.parted) {
             return;
         }
-        // Falls first: one that comes between the two loads is seen next time, or as CC.EN = 0 now.
-        let resets = port.bar().resets();
-        let cc = Cc::from_bits(port.bar().load32(offset::CC));
-        if resets == self.resets_seen && cc.into_bits() == self.cc_seen {
-            return;
-        }
+        let seen = Control { resets: self.resets_seen, cc: self.cc_seen };
+        let Some(Control { resets, cc }) = port.bar().control_if_changed(seen) else { return };
+        let cc = Cc::from_bits(cc);
         if resets != self.resets_seen || (self.enabled || self.fatal) && !cc.en() {
             self.resets_seen = resets;
             self.reset(shared);
@@ -68,7 +65,9 @@ impl Controller {
     }
 
     pub(crate) fn configure(&mut self, port: &Port, cc: Cc) {
-        if self.ending {
+        // Behind the fence it stays not ready, CC.EN or not, and looks again: the fence falls if the move is undone.
+        let held = cc.en() && !self.enabled && !self.fatal && self.fence().is_up();
+        if self.ending || held {
             return;
         }
         let before = Cc::from_bits(self.cc_seen);
@@ -99,9 +98,6 @@ impl Controller {
         let bar = port.bar();
         let aqa = Aqa::from_bits(bar.load32(offset::AQA));
         let (asq, acq) = (bar.load64(offset::ASQ), bar.load64(offset::ACQ));
-        if self.fence().is_up() {
-            return Err("it is fenced");
-        }
         if cc.css() != CommandSetSelected::NVM || cc.mps() != 0 || cc.ams() != 0 {
             return Err("CC asks for a command set, page size or arbitration that CAP does not offer");
         }

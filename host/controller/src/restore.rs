@@ -8,9 +8,11 @@
 use crate::admin::AdminState;
 use crate::admin::queues::QueueRequest;
 use crate::controller::{Controller, Run};
+use crate::deviations::Deviation;
 use crate::queue::{Cq, Sq};
 use crate::state::{ControllerState, CqSnapshot, Features as StateFeatures, SqSnapshot, VendorState};
 use crate::subsystem::Shared;
+use dray_device::planted::{self, Fault};
 use dray_device::poll::Time;
 use dray_nvme::feature::{AsyncEventConfig, InterruptCoalescing, NumberOfQueues};
 use dray_nvme::registers::{Aqa, Cc, offset};
@@ -114,6 +116,10 @@ impl Controller {
         if self.cqs.iter().skip(1).any(Option::is_some) && !state.cqs.is_empty() {
             return Err(invalid());
         }
+        let deviating = &self.engine.deviating;
+        if self.oddities.had_queues() && !state.cqs.is_empty() && deviating.does(Deviation::QueuesStick) {
+            return Err(invalid());
+        }
         let vectors = self.port.as_ref().map_or(0, |port| port.vectors()).min(self.config.vectors);
         let limits = QueueLimits { max_qid: self.config.io_queues, mqes: self.cap.mqes(), vectors };
         state.check(&limits)?;
@@ -167,7 +173,9 @@ impl Controller {
         let aers = vendor.aer_cids.len() <= usize::from(crate::admin::AERL) + 1;
         let same_pages = !cc.en() || cc.mps() == 0 && cc.css() == dray_nvme::registers::CommandSetSelected::NVM;
         let most = self.config.io_queues;
-        let granted = vendor.features.granted_sqs <= most && vendor.features.granted_cqs <= most;
+        let (sqs, cqs) = (vendor.features.granted_sqs, vendor.features.granted_cqs);
+        // Number of Queues grants both kinds or none.
+        let granted = sqs <= most && cqs <= most && (sqs == 0) == (cqs == 0);
         if aers && same_pages && granted { Ok(()) } else { Err(invalid()) }
     }
 
@@ -177,6 +185,7 @@ impl Controller {
             self.enabled = true;
         }
         for cq in queues.cqs {
+            self.oddities.created_queue();
             let at = usize::from(cq.qid);
             self.cqs[at] = Some(cq);
         }
@@ -235,7 +244,7 @@ fn place_cq(cq: &mut Cq, head: u16, tail: u16, phase: bool) -> Result<(), Status
     if head >= cq.size || tail >= cq.size {
         return Err(invalid());
     }
-    cq.set_position(head, tail, phase);
+    cq.set_position(head, tail, phase || planted::on(Fault::StateWithoutS0pt));
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use crate::admin::Event;
 use crate::config::{ConfigError, ControllerRole, MAX_NSID, NamespaceConfig, SubsystemConfig};
 use crate::controller::Controller;
+use crate::deviations::Deviating;
 use crate::engine::{ControllerCounters, NO_NAMESPACE};
 use crate::manage::Management;
 use crate::namespace::Namespace;
@@ -32,6 +33,8 @@ pub(crate) struct Shared {
     /// Namespaces whose attributes changed (index), and the controller that changed them.
     pub(crate) changed: Vec<(u16, u16)>,
     cached: bool,
+    /// How the subsystem deviates from the specification: not at all, outside the simulator.
+    pub(crate) deviating: Deviating,
 }
 
 impl Shared {
@@ -44,6 +47,11 @@ impl Shared {
         if posted.full_event {
             self.one_shots.push(Event::one_shot(AsyncEvent::CDQ_FULL, id));
         }
+    }
+
+    /// Every namespace can be marked as unreadable.
+    pub(crate) fn can_write_uncorrectable(&self) -> bool {
+        self.namespaces.iter().all(|namespace| namespace.backing.can_write_uncorrectable())
     }
 
     /// Some namespace has a volatile write cache.
@@ -83,8 +91,9 @@ impl Subsystem {
         let highest = namespaces.iter().map(|(ns, _)| ns.nsid).max().unwrap_or(0);
         let namespaces: Vec<_> = namespaces
             .into_iter()
-            .map(|(ns, backing)| Namespace::new(ns, backing, config.max_uncorrectable))
+            .map(|(ns, backing)| Namespace::new(ns, backing))
             .collect();
+        let deviating = Deviating::default();
         let mut controllers = Vec::new();
         for (index, controller) in config.controllers.iter().enumerate() {
             let mut active = vec![NO_NAMESPACE; highest as usize];
@@ -93,7 +102,9 @@ impl Subsystem {
                     active[namespace.config.nsid as usize - 1] = i as u16;
                 }
             }
-            controllers.push(Controller::new(index as u16, controller.clone(), &config, active)?);
+            let mut made = Controller::new(index as u16, controller.clone(), &config, active)?;
+            made.engine.deviating = deviating.clone();
+            controllers.push(made);
         }
         let contexts = usize::from(config.contexts) * controllers.len();
         let shared = Shared {
@@ -103,6 +114,7 @@ impl Subsystem {
             namespaces,
             one_shots: Vec::with_capacity(256),
             changed: Vec::new(),
+            deviating,
         };
         let management = Management::default();
         Ok(Self { controllers, shared, management, ended: Vec::with_capacity(contexts), next: 0 })

@@ -15,11 +15,13 @@
 //!
 //! **After FULL** the log has a hole. Nothing more is logged, not even an end, until Track Send starts the log anew.
 
+use crate::deviations::{Deviating, Deviation};
 use crate::dptr::PAGE;
 use arrayvec::ArrayVec;
 use dray_device::memory::{Arena, DmaBuffer};
+use dray_device::planted::{self, Fault};
 use dray_device::space::SpaceReader;
-use dray_nvme::cdq::{Esa, UDMQ_ENTRY_BYTES, UdmqEntry};
+use dray_nvme::cdq::{Esa, UDMQ_ENTRY_BYTES, UDMQ_PHASE_MASK, UdmqEntry};
 use dray_nvme::status::Status;
 use std::ops::BitOrAssign;
 use std::sync::Arc;
@@ -146,6 +148,14 @@ impl CdqMemory {
         arena.store64(at + 16, 0, Ordering::Relaxed);
         arena.store64(at + 24, u64::from(entry.lbamqa.into_bits()) << 56, Ordering::Release);
     }
+
+    /// For a planted fault: the phase of an entry that was stored with the one of the pass before.
+    #[cold]
+    fn clear_phase(&self, slot: u32) {
+        let Some((arena, at)) = self.at(slot as usize * UDMQ_ENTRY_BYTES) else { return };
+        let last = arena.load64(at + 24, Ordering::Relaxed);
+        arena.store64(at + 24, last & !(u64::from(UDMQ_PHASE_MASK) << 56), Ordering::Release);
+    }
 }
 
 /// The page addresses of a PRP list, read one by one; ends with the first error.
@@ -266,6 +276,7 @@ pub(crate) struct Udmq {
     held: Held,
     /// Markers that wait for room: FIRST, an end, or FIRST and an end.
     waiting: ArrayVec<Esa, 2>,
+    pub(crate) deviating: Deviating,
 }
 
 impl Udmq {
@@ -285,7 +296,18 @@ impl Udmq {
             log: Log::Off,
             held: Held::default(),
             waiting: ArrayVec::new(),
+            deviating: Deviating::default(),
         }
+    }
+
+    /// A device that deviates: logging is on from the queue's creation.
+    pub(crate) fn was_left_on(&mut self) {
+        self.log = Log::On;
+    }
+
+    /// How far the queue has come: CDQID, tail and the phase of the next entry.
+    pub(crate) fn place(&self) -> (u16, u32, bool) {
+        (self.id, self.tail, self.phase)
     }
 
     /// Whether changes must be told to the queue: logging is on, or suspended with its controller.
@@ -310,9 +332,13 @@ impl Udmq {
     /// Invalid Controller Data Queue when logging is on already; Controller Data Queue Full when fewer than two slots are free.
     pub(crate) fn start(&mut self) -> Result<PostResult, Status> {
         if self.logging() {
+            let unmarked = self.deviating.does(Deviation::RepeatedStartUnmarked);
+            if unmarked || self.deviating.is(Deviation::LoggingSurvivesReset) {
+                return Ok(PostResult::default());
+            }
             return Err(Status::INVALID_CDQ.with_dnr());
         }
-        if !self.waiting.is_empty() || self.free() < 2 {
+        if !self.waiting.is_empty() || !self.has_room_for(Esa::FIRST) {
             return Err(Status::CDQ_FULL);
         }
         self.log = Log::On;
@@ -326,7 +352,12 @@ impl Udmq {
         let mut result = PostResult::default();
         match self.log {
             Log::Off => {}
-            Log::Full => self.log = Log::Off,
+            Log::Full => {
+                self.log = Log::Off;
+                if self.overwrites() {
+                    result |= self.mark(Esa::STOPPED);
+                }
+            }
             Log::On | Log::Suspended => {
                 result |= self.flush();
                 if self.logging() {
@@ -346,6 +377,8 @@ impl Udmq {
         let mut result = self.flush();
         if self.log == Log::On {
             self.log = Log::Suspended;
+            result |= self.mark(Esa::SUSPENDED);
+        } else if self.deviating.does(Deviation::SuspendMarksAlways) {
             result |= self.mark(Esa::SUSPENDED);
         }
         result
@@ -402,8 +435,9 @@ impl Udmq {
     fn flush_held(&mut self) -> PostResult {
         let Held { nsid, deallocated, mut slba, end } = std::mem::take(&mut self.held);
         let mut result = PostResult::default();
+        let most = self.deviating.most_blocks(MAX_BLOCKS, end - slba);
         while slba < end && self.log == Log::On {
-            let blocks = (end - slba).min(MAX_BLOCKS);
+            let blocks = (end - slba).min(most);
             result |= self.append(UdmqEntry::range(nsid, slba, (blocks - 1) as u32, deallocated));
             slba += blocks;
         }
@@ -414,6 +448,7 @@ impl Udmq {
     fn append(&mut self, entry: UdmqEntry) -> PostResult {
         match self.free() {
             _ if !self.waiting.is_empty() => self.lose(),
+            0 if self.deviating.does(Deviation::SilentAfterFull) => PostResult::default(),
             0 => self.lose(),
             1 => {
                 let mut result = self.post(entry.with_esa(Esa::FULL));
@@ -437,14 +472,16 @@ impl Udmq {
     #[cold]
     fn end_full(&mut self) -> PostResult {
         tracing::debug!(cntlid = self.cntlid, cdqid = self.id, "controller data queue full: the log has a hole from here on");
-        self.log = Log::Full;
+        if !self.deviating.does(Deviation::SilentAfterFull) {
+            self.log = Log::Full;
+        }
         self.held = Held::default();
         PostResult { tail_event: false, full_event: true }
     }
 
     /// Posts a marker, or has it wait behind those that wait for room.
     fn mark(&mut self, esa: Esa) -> PostResult {
-        if self.waiting.is_empty() && self.free() >= room_for(esa) {
+        if self.waiting.is_empty() && self.has_room_for(esa) {
             return self.post(UdmqEntry::marker(esa));
         }
         if self.waiting.is_full() {
@@ -459,7 +496,7 @@ impl Udmq {
     fn post_waiting(&mut self) -> PostResult {
         let mut result = PostResult::default();
         let Some(&first) = self.waiting.first() else { return result };
-        if self.free() >= room_for(first) {
+        if self.has_room_for(first) {
             for esa in std::mem::take(&mut self.waiting) {
                 result |= self.post(UdmqEntry::marker(esa));
             }
@@ -467,22 +504,62 @@ impl Udmq {
         result
     }
 
+    /// Whether a marker is posted now: the log's end must fit behind its FIRST.
+    fn has_room_for(&self, esa: Esa) -> bool {
+        let one = esa != Esa::FIRST || self.deviating.is(Deviation::FullReplacesMarker);
+        self.free() >= if one { 1 } else { 2 } || self.overwrites()
+    }
+
+    /// The queue is full, and its device posts a marker all the same.
+    fn overwrites(&self) -> bool {
+        self.deviating.is(Deviation::MarkersOverwrite)
+            && self.free() == 0
+            && self.deviating.does(Deviation::MarkersOverwrite)
+    }
+
+    /// A marker that takes the last free slot, with a device that says "full" whatever it posts there.
+    fn replaced(&mut self, entry: &mut UdmqEntry, result: &mut PostResult) {
+        if entry.esa() == Esa::FULL || self.free() != 1 || !self.deviating.does(Deviation::FullReplacesMarker) {
+            return;
+        }
+        *entry = entry.with_esa(Esa::FULL);
+        result.full_event = true;
+        if self.log == Log::On {
+            *result |= self.end_full();
+        }
+    }
+
     /// Writes an entry into the slot at the tail, which is free.
     #[inline]
-    fn post(&mut self, entry: UdmqEntry) -> PostResult {
+    fn post(&mut self, mut entry: UdmqEntry) -> PostResult {
+        let mut result = PostResult::default();
+        if self.deviating.is(Deviation::FullReplacesMarker) {
+            self.replaced(&mut entry, &mut result);
+        }
+        if self.deviating.is(Deviation::ContiguousOnly)
+            && self.memory.piece_bits == PAGE.trailing_zeros()
+            && self.deviating.does(Deviation::ContiguousOnly)
+        {
+            return result;
+        }
         let slot = self.tail;
-        self.memory.store(slot, &entry.with_phase(self.phase));
+        let late = planted::on(Fault::PhaseFlippedLate) && !self.phase;
+        self.memory.store(slot, &entry.with_phase(self.phase || late && slot == 0));
+        if late && slot == 1 {
+            self.memory.clear_phase(0);
+        }
         self.tail += 1;
         if self.tail == self.slots {
             self.tail = 0;
             self.phase = !self.phase;
         }
         // Two readings of TPT are around: the slot that was posted, and the tail after it. The earlier one does no harm.
-        let tail_event = self.trigger.is_some_and(|trigger| trigger == slot || trigger == self.tail);
-        if tail_event {
+        let on_slot = |trigger| trigger == slot && !self.deviating.does(Deviation::TriggerOnTailOnly);
+        result.tail_event = self.trigger.is_some_and(|trigger| trigger == self.tail || on_slot(trigger));
+        if result.tail_event {
             self.trigger = None;
         }
-        PostResult { tail_event, full_event: false }
+        result
     }
 
     #[inline]
@@ -508,6 +585,7 @@ impl Udmq {
     /// Invalid Field for a head that is not on a posted entry or the tail, or a trigger outside the queue.
     pub(crate) fn set_head(&mut self, head: u32, trigger: Option<u32>) -> Result<PostResult, Status> {
         let outside = head >= self.slots || self.distance(head) > self.used();
+        let outside = outside && !(self.takes_any_head(head) && self.deviating.does(Deviation::HeadUnchecked));
         if outside || trigger.is_some_and(|slot| slot >= self.slots) {
             return Err(Status::INVALID_FIELD.with_dnr());
         }
@@ -516,15 +594,15 @@ impl Udmq {
         Ok(self.post_waiting())
     }
 
+    /// Heads that a device takes which hardly checks them.
+    fn takes_any_head(&self, head: u32) -> bool {
+        head <= self.slots && (self.head >= self.tail || head <= self.tail)
+    }
+
     /// Get Features 21h: ETPT, HP, and TPT (0 while ETPT is 0).
     pub(crate) fn feature(&self) -> (bool, u32, u32) {
         (self.trigger.is_some(), self.head, self.trigger.unwrap_or(0))
     }
-}
-
-/// Free slots that a marker asks for: the log's end must fit behind its FIRST.
-fn room_for(esa: Esa) -> u32 {
-    if esa == Esa::FIRST { 2 } else { 1 }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use dray_device::poll::Time;
 use dray_nvme::cdq::{Changed, Esa, QueueType, UdmqEntry};
 use dray_nvme::command::{CompletionEntry, SequenceIndicator, SubmissionEntry};
 use dray_nvme::event::{AsyncEvent, cdqid};
-use dray_nvme::feature::FeatureId;
+use dray_nvme::feature::{AsyncEventConfig, FeatureId};
 use dray_nvme::identify::{Cns, CommandSetId, ControllerStateFormats, IdentifyController};
 use dray_nvme::registers::offset;
 use dray_nvme::status::Status;
@@ -273,6 +273,20 @@ fn the_guests_queues_carry_on_at_the_destination() {
 }
 
 #[test]
+fn a_state_that_grants_one_kind_of_queue_alone_is_refused() {
+    let mut world = World::new();
+    let (mut manager, _guest) = (world.ready(MMC), world.ready(MC));
+    suspend(&mut world, &mut manager);
+    let mut odd = dray_controller::decode(&state(&mut world, &mut manager), true, true).expect("a state");
+    odd.vendor.as_mut().expect("our part").features.granted_cqs = 1;
+    let bytes = dray_controller::encode(&odd, true, true).expect("bytes");
+    assert!(set_state(&mut world, &mut manager, &bytes).status().is(Status::INVALID_FIELD));
+    odd.vendor.as_mut().expect("our part").features.granted_sqs = 1;
+    let bytes = dray_controller::encode(&odd, true, true).expect("bytes");
+    assert_ok(set_state(&mut world, &mut manager, &bytes));
+}
+
+#[test]
 fn a_reset_that_came_in_between_is_done_at_resume() {
     let (mut source, mut target) = (World::new(), World::new());
     let (mut s_manager, mut d_manager) = (source.ready(MMC), target.ready(MMC));
@@ -323,7 +337,39 @@ fn suspension_ends_by_a_reset_and_the_fence_holds_all_the_same() {
     for _ in 0..5 {
         world.poll();
     }
-    assert_eq!(guest.csts(), 2, "a fenced controller cannot be enabled");
+    assert_eq!(guest.csts(), 0, "a fenced controller does not become ready");
+    // An undo lowers the fence: the guest that waits is served.
+    fenced.lower();
+    for _ in 0..5 {
+        world.poll();
+    }
+    assert_eq!(guest.csts(), 1, "CSTS.RDY");
+}
+
+#[test]
+fn behind_the_fence_no_event_is_reported_either() {
+    let config = config();
+    let fenced = config.controllers[1].fence.clone();
+    let mut world = World::with(config, vec![(namespace(1), memory())]);
+    let mut manager = world.ready(MMC);
+    let mut guest = world.ready(MC);
+    let notices = AsyncEventConfig::new().with_nsan(true).into_bits();
+    assert_ok(guest.admin(&mut world, SubmissionEntry::set_features(FeatureId::ASYNC_EVENT_CONFIG, notices, false)));
+    let aer = guest.push(0, SubmissionEntry::async_event_request());
+    guest.ring(0);
+    world.poll();
+    // The state that is read now has the request outstanding.
+    suspend(&mut world, &mut manager);
+    let protect = SubmissionEntry::set_features(FeatureId::NAMESPACE_WRITE_PROTECT, 1, false);
+    assert_ok(manager.admin(&mut world, SubmissionEntry { nsid: 1, ..protect }));
+    fenced.raise();
+    manager.enable_after_reset(&mut world);
+    for _ in 0..20 {
+        world.poll();
+    }
+    assert!(guest.pop(0).is_none(), "the destination has the request by now, and posts to the same slot");
+    fenced.lower();
+    assert_ok(guest.wait(&mut world, 0, aer));
 }
 
 /// A backing that ends operations when it is told to.

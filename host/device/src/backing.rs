@@ -37,6 +37,9 @@ pub enum BackingOp {
     },
     /// The blocks' content is not needed any more.
     Deallocate,
+    /// Reads of the blocks fail until they are written again. Durable as a write is, so that a restart of whoever drives the
+    /// backing does not make stale content readable. Only where [`Backing::can_write_uncorrectable`] says so.
+    WriteUncorrectable,
     /// Everything that ended before is on stable storage afterwards. The range is ignored.
     Flush,
 }
@@ -74,6 +77,11 @@ pub trait Backing: Send {
 
     /// Begins an operation.
     fn submit(&mut self, request: &BackingRequest<'_>) -> Submitted;
+
+    /// Whether it carries out [`BackingOp::WriteUncorrectable`].
+    fn can_write_uncorrectable(&self) -> bool {
+        false
+    }
 
     /// A hint: a transfer of these blocks may come next. Any range; it changes nothing.
     fn prefetch(&self, _slba: u64, _bytes: usize) {}

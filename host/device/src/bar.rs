@@ -2,12 +2,15 @@
 //!
 //! The guest's accesses come through [`Bar::guest_write`] and [`Bar::guest_read`], or straight to memory where a client has the
 //! page mapped; the controller polls. A fall of CC.EN that is followed by a rise before the controller looks would be lost in
-//! plain memory, so falls are counted.
+//! plain memory, so falls are counted. CC and the count are two words: a controller that saw a fall before its count would take
+//! the count for a second fall, and reset a controller that the guest has meanwhile enabled again. So a change is written, and
+//! a change once noticed is read, under a lock; looking whether there is one costs two loads.
 
 use crate::memory::{Arena, MemoryError, PAGE, Pages};
+use crate::sync::{AtomicU32, Mutex, MutexGuard};
 use dray_nvme::registers::offset;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 /// Bytes of BAR0: registers and doorbells of 512 queue pairs at stride 0.
 pub const BAR_BYTES: usize = 2 * PAGE;
@@ -19,6 +22,17 @@ const CC_EN: u32 = 1;
 pub struct Bar {
     arena: Arc<Arena>,
     resets: AtomicU32,
+    /// Held while CC and the count change together.
+    changing: Mutex<()>,
+}
+
+/// CC, and how often CC.EN had fallen before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Control {
+    /// As [`Bar::resets`].
+    pub resets: u32,
+    /// Controller Configuration (Base 2.3 §3.1.4.5).
+    pub cc: u32,
 }
 
 impl Bar {
@@ -27,7 +41,8 @@ impl Bar {
     /// # Errors
     /// [`MemoryError`].
     pub fn new() -> Result<Self, MemoryError> {
-        Ok(Self { arena: Arena::new("dray-bar", BAR_BYTES, Pages::Small)?, resets: AtomicU32::new(0) })
+        let arena = Arena::new("dray-bar", BAR_BYTES, Pages::Small)?;
+        Ok(Self { arena, resets: AtomicU32::new(0), changing: Mutex::new(()) })
     }
 
     /// The memory, to share by descriptor.
@@ -43,8 +58,30 @@ impl Bar {
         self.resets.load(Ordering::Acquire)
     }
 
+    /// CC and the count of falls, if they are not what `seen` says. Costs two loads when nothing changed.
+    #[inline]
+    #[must_use]
+    pub fn control_if_changed(&self, seen: Control) -> Option<Control> {
+        (self.control() != seen).then(|| self.control_at_rest()).filter(|&now| now != seen)
+    }
+
+    fn control(&self) -> Control {
+        Control { resets: self.resets(), cc: self.load32(offset::CC) }
+    }
+
+    #[cold]
+    fn control_at_rest(&self) -> Control {
+        let _rest = self.change();
+        self.control()
+    }
+
+    fn change(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A function-level reset: what clearing CC.EN does, and CC itself, AQA, ASQ and ACQ back to zero.
     pub fn function_reset(&self) {
+        let _change = self.change();
         for register in [offset::CC, offset::AQA] {
             self.store32(register, 0);
         }
@@ -76,6 +113,7 @@ impl Bar {
         match at {
             offset::DOORBELLS.. => self.arena.store32(at as usize, value, Ordering::Release),
             offset::CC => {
+                let _change = self.change();
                 let old = self.arena.swap32(at as usize, value);
                 if old & CC_EN != 0 && value & CC_EN == 0 {
                     self.resets.fetch_add(1, Ordering::AcqRel);

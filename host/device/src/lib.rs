@@ -5,7 +5,7 @@
 //!   slot that lets a guest keep its place when the controller behind it changes;
 //! - [`command`]: the command seam, for controllers that have no registers for us;
 //! - [`backing`]: where the blocks of a software controller's namespace are; [`uring`]: files by io_uring;
-//! - [`poll`]: the poller seam: time, progress, jobs.
+//! - [`poll`]: the poller seam: time, progress, jobs; [`planted`]: faults for the simulator to find.
 //!
 //! Not here yet: VFIO and the vfio-user client as further backings of the device seam, io_uring passthrough for the command
 //! seam. Start reading at [`function`] and [`slot`].
@@ -19,8 +19,14 @@ pub mod command;
 pub mod event;
 pub mod function;
 pub mod memory;
+pub mod planted;
 pub mod poll;
+#[cfg(not(loom))]
 mod scan;
 pub mod slot;
 pub mod space;
+mod sync;
 pub mod uring;
+
+#[cfg(all(test, loom))]
+mod loom_tests;

@@ -1,7 +1,8 @@
 //! The poller seam: time, progress, and jobs for what must block.
 
+use crate::sync::Mutex;
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// A moment, in nanoseconds since a start that only its owner knows (the appliance's monotonic clock, or virtual time).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

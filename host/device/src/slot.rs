@@ -10,10 +10,11 @@ use crate::event::EventLine;
 use crate::function::{Doorbell, Function};
 use crate::memory::MemoryError;
 use crate::space::AddressSpace;
+use crate::sync::{AtomicBool, AtomicU64, Mutex};
 use dray_nvme::registers::{Cc, offset};
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 /// Why a slot could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -234,8 +235,17 @@ impl Connector {
     }
 }
 
-/// A fence that survives resets: once it is up, a controller behind it fetches nothing. It mirrors a durable record: whoever
-/// raises it has written the record first, and whoever builds the controller after a restart reads the record first.
+impl Drop for Connector {
+    /// A port holds its slot, and the slot the plug that it was put through: neither would ever be freed.
+    fn drop(&mut self) {
+        let port = self.socket.port.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(port);
+    }
+}
+
+/// A fence that survives resets: once it is up, a controller behind it fetches nothing, and one that is enabled does not become
+/// ready before the fence is down. It lives in memory: whoever gives the function away raises it, writes the durable record
+/// behind it, and points the slot away last; whoever builds the controller after a restart reads the record first.
 #[derive(Clone, Debug, Default)]
 pub struct Fence {
     up: Arc<AtomicBool>,
@@ -253,7 +263,7 @@ impl Fence {
         self.up.store(true, Ordering::SeqCst);
     }
 
-    /// Lowers the fence: only after an undo has been recorded.
+    /// Lowers the fence: only after an undo has been recorded, if the record may say that the function was given away.
     pub fn lower(&self) {
         self.up.store(false, Ordering::SeqCst);
     }
@@ -286,6 +296,19 @@ mod tests {
         let port = destination.poll().flatten().expect("port");
         assert!(port.is_current());
         assert_eq!(port.bar().load32(offset::DOORBELLS + 8), 5);
+    }
+
+    #[test]
+    fn slot_and_controller_are_freed_with_their_owners() {
+        let slot = Slot::new(AddressSpace::default(), 1).expect("slot");
+        let shared = Arc::downgrade(&slot.shared);
+        for _ in 0..2 {
+            let mut connector = Connector::new();
+            slot.point_at(&connector.plug());
+            assert!(connector.poll().flatten().is_some());
+        }
+        drop(slot);
+        assert_eq!(shared.strong_count(), 0);
     }
 
     #[test]

@@ -6,9 +6,10 @@
 //! reader uses the old snapshot any more ([`Unmapping::is_done`]).
 
 use crate::memory::{Arena, DmaBuffer, PAGE, Segment};
+use crate::sync::{AtomicU64, Mutex, MutexGuard};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 /// Where the allocator begins: low addresses stay invalid, so that a zero pointer is an error and not an access.
 const FIRST_IOVA: u64 = 0x1_0000_0000;
@@ -84,13 +85,23 @@ struct Table {
 
 #[derive(Debug)]
 struct ReaderMark {
-    /// The oldest generation that the reader may still use.
+    /// The oldest generation that the reader may still use; [`GONE`] when there is no reader any more.
     using: AtomicU64,
+}
+
+/// Later than every generation: what a reader that was dropped says it uses.
+const GONE: u64 = u64::MAX;
+
+impl ReaderMark {
+    /// Acquired: who strikes the reader from the list waits for it no more, and must see what it wrote.
+    fn is_gone(&self) -> bool {
+        self.using.load(Ordering::Acquire) == GONE
+    }
 }
 
 struct State {
     table: Arc<Table>,
-    readers: Vec<Weak<ReaderMark>>,
+    readers: Vec<Arc<ReaderMark>>,
     followers: Vec<Box<dyn MapFollower>>,
     limit: u64,
 }
@@ -214,7 +225,7 @@ impl AddressSpace {
             follower.unmapped(&mapping);
         }
         let generation = Self::publish(&self.shared, &mut state, mappings);
-        state.readers.retain(|reader| reader.strong_count() > 0);
+        state.readers.retain(|reader| !reader.is_gone());
         let readers = state.readers.clone();
         Ok(Unmapping { generation, readers })
     }
@@ -238,8 +249,8 @@ impl AddressSpace {
         let mut state = self.lock();
         let table = Arc::clone(&state.table);
         let mark = Arc::new(ReaderMark { using: AtomicU64::new(table.generation) });
-        state.readers.retain(|reader| reader.strong_count() > 0);
-        state.readers.push(Arc::downgrade(&mark));
+        state.readers.retain(|reader| !reader.is_gone());
+        state.readers.push(Arc::clone(&mark));
         SpaceReader { shared: Arc::clone(&self.shared), table, mark, last: 0 }
     }
 
@@ -276,17 +287,15 @@ fn iova_in(table: &Table, segment: &Segment<'_>) -> Option<u64> {
 #[must_use = "memory may be written until the unmap is done"]
 pub struct Unmapping {
     generation: u64,
-    readers: Vec<Weak<ReaderMark>>,
+    readers: Vec<Arc<ReaderMark>>,
 }
 
 impl Unmapping {
     /// Whether no reader uses the range any more.
     #[must_use]
     pub fn is_done(&self) -> bool {
-        self.readers
-            .iter()
-            .filter_map(Weak::upgrade)
-            .all(|reader| reader.using.load(Ordering::Acquire) >= self.generation)
+        // Acquired, also from a reader that has gone: what it wrote is seen by whoever uses the memory next.
+        self.readers.iter().all(|reader| reader.using.load(Ordering::Acquire) >= self.generation)
     }
 }
 
@@ -296,6 +305,12 @@ pub struct SpaceReader {
     table: Arc<Table>,
     mark: Arc<ReaderMark>,
     last: usize,
+}
+
+impl Drop for SpaceReader {
+    fn drop(&mut self) {
+        self.mark.using.store(GONE, Ordering::Release);
+    }
 }
 
 impl std::fmt::Debug for SpaceReader {

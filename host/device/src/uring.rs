@@ -156,6 +156,20 @@ impl FileRing {
         self.direct
     }
 
+    /// Takes the file for this ring alone (an advisory lock); false while another ring or process has it. It is the file as it
+    /// was opened here that holds the lock, and every operation under way holds the file: after a `kill -9` the lock is free only
+    /// when the last write of the dead process has ended, so that none can land under the next one.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn try_lock(&self) -> io::Result<bool> {
+        match rustix::fs::flock(&self.file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Bytes of the file.
     ///
     /// # Errors
@@ -441,6 +455,18 @@ mod tests {
             });
         }
         result.expect("ended")
+    }
+
+    #[test]
+    fn a_file_is_locked_for_one_ring_until_it_is_closed() {
+        let path = std::env::temp_dir().join(format!("dray-lock-{}", std::process::id()));
+        std::fs::write(&path, vec![0; 8192]).expect("file");
+        let (first, second) = (FileRing::open(&path, 1).expect("ring"), FileRing::open(&path, 1).expect("ring"));
+        assert!(first.try_lock().expect("lock"));
+        assert!(!second.try_lock().expect("lock"));
+        drop(first);
+        assert!(second.try_lock().expect("lock"));
+        std::fs::remove_file(&path).expect("clean up");
     }
 
     #[test]

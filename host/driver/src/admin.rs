@@ -244,6 +244,11 @@ impl Admin {
     }
 
     /// The answer, once it is there.
+    /// Requests that the controller has not answered; event requests are not counted.
+    pub(crate) fn outstanding(&self) -> usize {
+        self.requests.iter().filter(|request| request.stage == Stage::Sent).count()
+    }
+
     pub(crate) fn answer(&mut self, ticket: Ticket) -> Option<AdminAnswer> {
         let request = self.requests.get_mut(usize::from(ticket.index)).filter(|r| r.serial == ticket.serial);
         match request.map(|r| (r.stage, r)) {

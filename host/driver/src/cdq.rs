@@ -317,6 +317,9 @@ impl CdqOwner {
                 };
                 1
             }
+            // The controller orders nothing between commands: a head that it takes behind the deletion would move that of the
+            // next queue with this identifier, over entries that nobody has read.
+            Stage::Delete if self.update.is_some() => self.poll_update(driver),
             Stage::Delete => match driver.request(now, &SubmissionEntry::delete_cdq(self.id), AdminData::None) {
                 Ok(ticket) => {
                     self.stage = Stage::Deleting(ticket);
@@ -325,10 +328,10 @@ impl CdqOwner {
                 Err(_) => 0,
             },
             Stage::Deleting(ticket) => {
-                if driver.answer(ticket).is_none() {
-                    return 0;
-                }
-                self.stage = Stage::Gone(GoneReason::Deleted);
+                let Some(answer) = driver.answer(ticket).map(|answer| answer.completion) else { return 0 };
+                let there = answer.unknown || answer.status.is_error() && !answer.status.is(Status::INVALID_CDQ);
+                // Refused: the controller may go on filling it, so its memory is not given up.
+                self.stage = if there { Stage::Broken(GoneReason::Deleted) } else { Stage::Gone(GoneReason::Deleted) };
                 1
             }
             Stage::Live | Stage::Broken(_) | Stage::Gone(_) => 0,
@@ -349,7 +352,7 @@ impl CdqOwner {
         } else if update.armed {
             // A device without the trigger: the slow timer and polling go on.
             self.may_arm = false;
-        } else if !answer.completion.unknown {
+        } else if !answer.completion.unknown && matches!(self.stage, Stage::Live) {
             self.stage = Stage::Broken(GoneReason::HeadRefused(status));
         }
         1
@@ -466,7 +469,7 @@ impl CdqOwner {
         self.update.is_none() && self.told == self.entries.returned()
     }
 
-    /// Begins to delete the queue. Its entries can still be taken.
+    /// Begins to delete the queue, once a head that is being told has been answered. Its entries can still be taken.
     pub fn delete(&mut self, driver: &mut Driver, now: Time) {
         self.lender = None;
         match self.stage {
@@ -479,7 +482,9 @@ impl CdqOwner {
         }
     }
 
-    /// The controller has deleted the queue by itself (Suspend with DUDMQ = 1). Its entries can still be taken.
+    /// The controller has deleted the queue by itself (Suspend with DUDMQ = 1). Its entries can still be taken. Only for a
+    /// queue whose [head is told](Self::head_is_told): a head that is still under way would move that of the next queue with
+    /// its identifier.
     pub fn deleted_by_controller(&mut self) {
         self.lender = None;
         self.stage = Stage::Gone(GoneReason::Deleted);
@@ -516,8 +521,11 @@ impl Drop for CdqOwner {
     fn drop(&mut self) {
         let stage = match self.stage {
             Stage::Creating(ticket) => OrphanStage::Creating(ticket),
-            Stage::Live | Stage::Delete | Stage::Broken(_) => OrphanStage::Delete(self.id),
-            Stage::Deleting(ticket) => OrphanStage::Deleting(ticket),
+            Stage::Live | Stage::Delete | Stage::Broken(_) => match self.update {
+                Some(update) => OrphanStage::Telling(update.ticket, self.id),
+                None => OrphanStage::Delete(self.id, 0),
+            },
+            Stage::Deleting(ticket) => OrphanStage::Deleting(ticket, self.id, 0),
             Stage::Gone(_) => return,
         };
         self.link.adopt(Orphan { stage, _memory: Arc::clone(&self.memory), generation: self.generation });

@@ -231,6 +231,12 @@ impl Driver {
         self.admin.answer(ticket)
     }
 
+    /// Admin commands that the controller has not answered, whoever waits for them; event requests are not counted.
+    #[must_use]
+    pub fn outstanding(&self) -> usize {
+        self.admin.outstanding()
+    }
+
     /// Takes the buffer of an answer back, for the next one.
     pub fn recycle(&mut self, data: Vec<u8>) {
         self.admin.recycle(data);
@@ -398,6 +404,8 @@ impl Driver {
     fn poll_admin(&mut self, now: Time) -> u32 {
         match self.admin.poll(now.0, &mut self.aborts) {
             Ok(count) => count as u32,
+            // The reset under way is the cure: what the old queue still says must not end it.
+            Err(_) if self.state == DriverState::Resetting => 0,
             Err(fault) => {
                 self.admin_fault(now, fault);
                 1

@@ -2,9 +2,11 @@
 //! owner and by the process that it is lent to.
 
 use crate::cdq::CdqFormat;
+use crate::sync::fence;
 use dray_device::memory::Arena;
+use dray_device::planted::{self, Fault};
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
 /// Slots whose phase tags are looked at together.
 const GROUP: usize = 8;
@@ -136,17 +138,17 @@ impl Entries {
 
     /// The place up to which entries were given back.
     pub(crate) fn returned(&self) -> u64 {
-        self.returned
+        if planted::on(Fault::HeadBeforeCopied) { self.seen } else { self.returned }
     }
 
     /// The head pointer: the index up to which entries were given back.
     pub(crate) fn head(&self) -> u32 {
-        self.index(self.returned) as u32
+        self.index(self.returned()) as u32
     }
 
     /// The index after a place given back.
     pub(crate) fn after_head(&self) -> u32 {
-        self.index(self.returned + 1) as u32
+        self.index(self.returned() + 1) as u32
     }
 
     /// Whether everything new was read and given back.

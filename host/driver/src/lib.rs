@@ -38,6 +38,7 @@ mod prp;
 pub mod queue;
 pub mod quirks;
 mod ring;
+mod sync;
 
 pub use admin::{AdminAnswer, AdminData, Event, Ticket};
 pub use cdq::{CdqConfig, CdqFormat, CdqOptions, CdqOwner, CdqState, GoneReason};
@@ -50,5 +51,7 @@ pub use pairs::PairTicket;
 pub use queue::QueuePair;
 pub use quirks::Quirks;
 
+#[cfg(all(test, loom))]
+mod loom_tests;
 #[cfg(test)]
 mod tests;

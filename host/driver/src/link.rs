@@ -2,8 +2,9 @@
 
 use crate::cdq::CdqMemory;
 use crate::error::Fault;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::sync::{AtomicBool, AtomicU8, AtomicU32, Mutex, MutexGuard};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 /// One per driver.
 #[derive(Debug, Default)]
@@ -28,10 +29,14 @@ pub(crate) struct Orphan {
 pub(crate) enum OrphanStage {
     /// Its creation is under way.
     Creating(crate::admin::Ticket),
-    /// It is to be deleted.
-    Delete(u16),
-    /// Its deletion is under way.
-    Deleting(crate::admin::Ticket),
+    /// Its head is being told; it is deleted behind that.
+    Telling(crate::admin::Ticket, u16),
+    /// It is to be deleted; so many deletions were refused.
+    Delete(u16, u8),
+    /// Its deletion is under way; so many were refused before.
+    Deleting(crate::admin::Ticket, u16, u8),
+    /// The controller may still fill it: its memory is kept until a reset.
+    Kept,
 }
 
 impl Link {
@@ -101,7 +106,7 @@ impl PairShared {
 
     /// Everything outstanding comes back with an unknown outcome.
     pub(crate) fn kill(&self) {
-        self.life.store(DEAD, Ordering::Release);
+        self.life.fetch_max(DEAD, Ordering::AcqRel);
     }
 
     pub(crate) fn note_fault(&self, fault: Fault) {

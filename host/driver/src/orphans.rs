@@ -5,6 +5,10 @@ use crate::driver::Driver;
 use crate::link::OrphanStage;
 use dray_device::poll::Time;
 use dray_nvme::command::SubmissionEntry;
+use dray_nvme::status::Status;
+
+/// Deletions that are tried before the memory is kept until a reset.
+const TRIES: u8 = 4;
 
 impl Driver {
     /// Takes deletions a step further.
@@ -35,15 +39,27 @@ impl Driver {
         match stage {
             OrphanStage::Creating(ticket) => match self.answer(ticket) {
                 None => Some(stage),
-                Some(answer) if answer.completion.status.is_error() || answer.completion.unknown => None,
-                Some(answer) => Some(OrphanStage::Delete(answer.completion.result as u16)),
+                Some(answer) if answer.completion.unknown => Some(OrphanStage::Kept),
+                Some(answer) if answer.completion.status.is_error() => None,
+                Some(answer) => Some(OrphanStage::Delete(answer.completion.result as u16, 0)),
             },
-            OrphanStage::Delete(id) => {
+            OrphanStage::Telling(ticket, id) => match self.answer(ticket) {
+                None => Some(stage),
+                Some(_) => Some(OrphanStage::Delete(id, 0)),
+            },
+            OrphanStage::Delete(id, refused) => {
                 let sent = self.request(now, &SubmissionEntry::delete_cdq(id), AdminData::None);
-                Some(sent.map_or(stage, OrphanStage::Deleting))
+                Some(sent.map_or(stage, |ticket| OrphanStage::Deleting(ticket, id, refused)))
             }
-            // Refused or not: there is no more to be done, and a queue that was refused is not there.
-            OrphanStage::Deleting(ticket) => self.answer(ticket).is_none().then_some(stage),
+            OrphanStage::Deleting(ticket, id, refused) => match self.answer(ticket).map(|answer| answer.completion) {
+                None => Some(stage),
+                Some(answer) if answer.unknown => Some(OrphanStage::Kept),
+                // A queue that the controller does not know is not there either.
+                Some(answer) if !answer.status.is_error() || answer.status.is(Status::INVALID_CDQ) => None,
+                Some(_) if refused + 1 < TRIES => Some(OrphanStage::Delete(id, refused + 1)),
+                Some(_) => Some(OrphanStage::Kept),
+            },
+            OrphanStage::Kept => Some(stage),
         }
     }
 }

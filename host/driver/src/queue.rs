@@ -69,6 +69,13 @@ impl QueuePair {
         self.ring.identifiers()
     }
 
+    /// The memory of the completion queue, its entries 16 bytes each, for who wants to see what the controller posts there.
+    /// Nothing is taken by looking.
+    #[must_use]
+    pub fn completion_memory(&self) -> Option<Segment<'_>> {
+        self.ring.completions()
+    }
+
     /// As [`CommandQueue::submit`], without a call through a table.
     ///
     /// # Errors

@@ -342,6 +342,11 @@ impl Ring {
         drained
     }
 
+    /// The completion queue's memory.
+    pub(crate) fn completions(&self) -> Option<Segment<'_>> {
+        Segment::new(&self.arena, self.cq_at, (self.mask as usize + 1) * CQE_BYTES)
+    }
+
     /// Tags and command identifiers of what is outstanding.
     pub(crate) fn identifiers(&self) -> impl Iterator<Item = (u64, u16)> + '_ {
         self.contexts.iter().filter(|c| c.busy).map(|c| (c.tag, c.cid))

@@ -2,6 +2,7 @@
 
 use super::{AERL, AdminResult, ERROR_ENTRIES};
 use crate::controller::{Controller, VERSION};
+use crate::deviations::Deviation;
 use crate::engine::NO_NAMESPACE;
 use crate::io::{COPY_BLOCKS, COPY_RANGE_BLOCKS, COPY_RANGES};
 use crate::namespace::Namespace;
@@ -107,7 +108,7 @@ impl Controller {
         page.mnan = shared.namespaces.len() as u32;
         page.oncs = Oncs::new()
             .with_compare(true)
-            .with_write_uncorrectable(true)
+            .with_write_uncorrectable(shared.can_write_uncorrectable())
             .with_dsm(true)
             .with_write_zeroes(true)
             .with_timestamp(true)
@@ -137,6 +138,9 @@ fn live_migration(page: &mut IdentifyController, shared: &Shared) {
     (page.mcudmq, page.mnsudmq) = (migratable, migratable);
     let ranges = max_cdq_ranges(shared.config.max_cdq_bytes) as u16;
     (page.mcmr, page.nmcmr, page.mcdqpc) = (ranges, MAX_CDQ_RANGES as u16, ranges);
+    if shared.deviating.does(Deviation::LimitsUntold) {
+        (page.mcudmq, page.mnsudmq, page.nmcmr, page.mcdqpc, page.mcmr) = (0, 0, 0, 0, 1);
+    }
 }
 
 fn identify_nvm() -> IdentifyControllerNvm {

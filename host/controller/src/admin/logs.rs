@@ -91,7 +91,7 @@ impl Controller {
                 }
                 put(log.as_bytes())
             }
-            LogId::EFFECTS => put(self.effects().as_bytes()),
+            LogId::EFFECTS => put(self.effects(shared).as_bytes()),
             _ => return Err(Status::INVALID_LOG_PAGE.with_dnr()),
         })
     }
@@ -111,7 +111,7 @@ impl Controller {
         log
     }
 
-    fn effects(&self) -> EffectsLog {
+    fn effects(&self, shared: &Shared) -> EffectsLog {
         let mut log = EffectsLog::new_zeroed();
         let supported = CommandEffects::new().with_csupp(true);
         for opcode in 0..=u8::MAX {
@@ -126,11 +126,13 @@ impl Controller {
         for opcode in [
             NvmOpcode::WRITE,
             NvmOpcode::WRITE_ZEROES,
-            NvmOpcode::WRITE_UNCORRECTABLE,
             NvmOpcode::DATASET_MANAGEMENT,
             NvmOpcode::COPY,
         ] {
             log.iocs[usize::from(opcode.0)] = changing;
+        }
+        if shared.can_write_uncorrectable() {
+            log.iocs[usize::from(NvmOpcode::WRITE_UNCORRECTABLE.0)] = changing;
         }
         log
     }

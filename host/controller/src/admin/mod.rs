@@ -8,6 +8,7 @@ mod settings;
 
 use crate::context::{Outcome, Work};
 use crate::controller::Controller;
+use crate::deviations::Deviation;
 use crate::queue::Ready;
 use crate::subsystem::Shared;
 use dray_device::slot::Port;
@@ -88,6 +89,11 @@ impl AdminState {
     /// Drops a pending one-shot event of a queue (Set Features 21h).
     pub(crate) fn discard(&mut self, event: Event) {
         self.events.retain(|waiting| *waiting != event);
+    }
+
+    /// Whether such an event waits to be reported.
+    pub(crate) fn has(&self, event: &Event) -> bool {
+        self.events.contains(event)
     }
 
     pub(crate) fn record_error(&mut self, ready: &Ready) {
@@ -256,14 +262,23 @@ impl Controller {
         if self.admin.events.is_empty() || self.admin.aers.is_empty() || self.run != crate::controller::Run::Active {
             return;
         }
+        if self.fence().is_up() {
+            // The state that has left has these requests outstanding: behind the fence nothing is posted to the guest's queues.
+            return;
+        }
         let masked = self.admin.masked;
+        let once = self.engine.deviating.is(Deviation::OneEventOnly);
+        if once && masked & 1 << EventType::ONE_SHOT.0 != 0 {
+            let one_shot = |event: &Event| event.dw0.event_type() == EventType::ONE_SHOT;
+            let _noted = self.admin.events.iter().any(one_shot) && self.engine.deviating.does(Deviation::OneEventOnly);
+        }
         let Some(at) = self.admin.events.iter().position(|event| masked & event.bit() == 0) else { return };
         if !self.reserve_admin(port) {
             return;
         }
         let Some(event) = self.admin.events.remove(at) else { return };
         let cid = self.admin.aers.remove(0);
-        if event.dw0.event_type() != EventType::ONE_SHOT {
+        if event.dw0.event_type() != EventType::ONE_SHOT || once {
             self.admin.masked |= event.bit();
         }
         let result = u64::from(event.dw0.into_bits()) | u64::from(event.dw1) << 32;

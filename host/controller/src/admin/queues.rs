@@ -74,6 +74,7 @@ impl Controller {
         let cq = self.new_cq(&request, cdw11.ien().then_some(cdw11.iv()), port.vectors())?;
         port.bar().store32(cq_head_doorbell(request.qid, 0), 0);
         self.cqs[usize::from(request.qid)] = Some(cq);
+        self.oddities.created_queue();
         Ok(0)
     }
 

@@ -101,6 +101,14 @@ impl FileBacking {
         self.ring.is_direct()
     }
 
+    /// Takes the file for this backing alone; false while another has it, or a killed process still has writes under way to it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn try_lock(&self) -> io::Result<bool> {
+        self.ring.try_lock()
+    }
+
     fn send(&mut self, index: u32, data: &[Segment<'_>]) -> bool {
         let Some(operation) = self.operations.get_mut(index as usize) else { return false };
         let (slba, blocks) = (operation.slba, operation.blocks);
@@ -115,6 +123,8 @@ impl FileBacking {
             BackingOp::WriteZeroes { deallocate, .. } => FileOp::Zero { deallocate },
             BackingOp::Deallocate => FileOp::Zero { deallocate: true },
             BackingOp::Flush => FileOp::Flush,
+            // A file has no place for marks that outlive this process.
+            BackingOp::WriteUncorrectable => return false,
         };
         let shift = self.block_shift;
         self.ring.submit(op, slba << shift, blocks << shift, data, u64::from(index)).is_ok()
@@ -189,6 +199,9 @@ impl Backing for FileBacking {
     }
 
     fn submit(&mut self, request: &BackingRequest<'_>) -> Submitted {
+        if request.op == BackingOp::WriteUncorrectable {
+            return Submitted::Done(Status::INVALID_OPCODE);
+        }
         let Some(&index) = self.free.last() else { return Submitted::Busy };
         let Some(operation) = self.operations.get_mut(index as usize) else { return Submitted::Busy };
         let BackingRequest { op, slba, blocks, tag, .. } = *request;

@@ -1,5 +1,6 @@
 //! A namespace in memory.
 
+use super::marks::Uncorrectable;
 use super::{SizeError, check};
 use dray_device::backing::{Backing, BackingInfo, BackingOp, BackingRequest, Submitted};
 use dray_device::memory::{Arena, DmaBuffer, MemoryError, Pages, Segment};
@@ -8,12 +9,15 @@ use dray_nvme::status::Status;
 
 /// Most bytes fetched ahead of a read. Writes gain nothing: a copy of whole lines does not read its destination.
 const PREFETCH_BYTES: usize = 4096;
+/// Ranges that Write Uncorrectable may mark.
+const MAX_MARKS: usize = 1024;
 
 /// Blocks in an arena. Every operation ends at once; nothing survives the process.
 #[derive(Debug)]
 pub struct MemoryBacking {
     memory: DmaBuffer,
     block_shift: u32,
+    marks: Uncorrectable,
 }
 
 impl MemoryBacking {
@@ -38,13 +42,29 @@ impl MemoryBacking {
     fn over(memory: Option<DmaBuffer>, block_bytes: u32) -> Result<Self, MemoryBackingError> {
         let memory = memory.ok_or(MemoryError::BadLength(0))?;
         check(memory.len() as u64, block_bytes)?;
-        Ok(Self { memory, block_shift: block_bytes.trailing_zeros() })
+        Ok(Self { memory, block_shift: block_bytes.trailing_zeros(), marks: Uncorrectable::new(MAX_MARKS) })
     }
 
     /// The blocks.
     #[must_use]
     pub fn memory(&self) -> &DmaBuffer {
         &self.memory
+    }
+
+    /// What marks do to an operation; `None` = it goes on.
+    #[cold]
+    fn marked(&mut self, request: &BackingRequest<'_>) -> Option<Status> {
+        let (slba, blocks) = (request.slba, request.blocks);
+        match request.op {
+            BackingOp::Read => self.marks.touches(slba, blocks).then_some(Status::UNRECOVERED_READ),
+            BackingOp::WriteUncorrectable if self.range(request).is_none() => Some(Status::LBA_OUT_OF_RANGE),
+            BackingOp::WriteUncorrectable if self.marks.mark(slba, blocks) => Some(Status::SUCCESS),
+            BackingOp::WriteUncorrectable => Some(Status::INTERNAL_ERROR),
+            _ => {
+                self.marks.clear(slba, blocks);
+                None
+            }
+        }
     }
 
     #[inline]
@@ -80,6 +100,11 @@ impl Backing for MemoryBacking {
         if request.op == BackingOp::Flush {
             return Submitted::Done(Status::SUCCESS);
         }
+        if (!self.marks.is_empty() || request.op == BackingOp::WriteUncorrectable)
+            && let Some(status) = self.marked(request)
+        {
+            return Submitted::Done(status);
+        }
         // The controller has checked the range; a mistake there must not become a panic here.
         let Some(range) = self.range(request) else { return Submitted::Done(Status::LBA_OUT_OF_RANGE) };
         let (arena, mut at) = (range.arena(), range.offset());
@@ -97,9 +122,13 @@ impl Backing for MemoryBacking {
                 }
             }
             BackingOp::WriteZeroes { .. } | BackingOp::Deallocate => arena.fill(at, range.len(), 0),
-            BackingOp::Flush => {}
+            BackingOp::Flush | BackingOp::WriteUncorrectable => {}
         }
         Submitted::Done(Status::SUCCESS)
+    }
+
+    fn can_write_uncorrectable(&self) -> bool {
+        true
     }
 
     #[inline]

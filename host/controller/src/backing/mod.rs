@@ -1,6 +1,7 @@
 //! Where the blocks of a namespace are: memory, a file, nowhere.
 
 mod file;
+mod marks;
 mod memory;
 mod null;
 

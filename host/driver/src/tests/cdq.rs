@@ -183,6 +183,67 @@ fn a_dropped_owner_deletes_its_queue_and_a_reset_ends_it() {
 }
 
 #[test]
+fn a_queue_is_deleted_behind_the_head_that_is_being_told() {
+    for drops in [false, true] {
+        let mut bench = Bench::ready();
+        let mut owner = live(&mut bench, CdqConfig { arm_trigger: false, ..CONFIG }, CdqOptions::default());
+        bench.fake.hold_features = true;
+        (0..5).for_each(|n| bench.fake.post_entry(n));
+        owner.take(5, &mut Vec::new());
+        owner.give_back(&mut bench.driver, bench.now, 5).expect("taken");
+        turn(&mut bench, &mut owner);
+        let mut kept = Some(owner).filter(|_| !drops);
+        if let Some(owner) = &mut kept {
+            owner.delete(&mut bench.driver, bench.now);
+        }
+        for held in [true, false] {
+            bench.fake.hold_features = held;
+            for _ in 0..20 {
+                bench.turn();
+                if let Some(owner) = &mut kept {
+                    let _progress = owner.poll(&mut bench.driver, bench.now);
+                }
+            }
+            assert_eq!(bench.fake.cdq.is_some(), held, "drops {drops}");
+        }
+        let deleted = kept.is_none_or(|owner| owner.state() == CdqState::Gone(GoneReason::Deleted));
+        assert!(deleted, "drops {drops}");
+        let _next = live(&mut bench, CONFIG, CdqOptions::default());
+        assert_eq!(bench.fake.cdq.map(|cdq| cdq.head), Some(0), "the next queue begins at slot 0");
+    }
+}
+
+#[test]
+fn a_deletion_that_is_refused_is_tried_again_and_the_memory_is_kept() {
+    let mut bench = Bench::ready();
+    let mappings = |bench: &Bench| {
+        let mut reader = bench.driver.space().reader();
+        reader.refresh();
+        reader.mappings().len()
+    };
+    let before = mappings(&bench);
+    let mut deletes = 0;
+    for lasts in [false, true] {
+        let owner = live(&mut bench, CONFIG, CdqOptions::default());
+        let there = mappings(&bench);
+        bench.fake.refuse = Some((AdminOpcode::CONTROLLER_DATA_QUEUE, Status::INTERNAL_ERROR));
+        drop(owner);
+        bench.turns(if lasts { 40 } else { 2 });
+        bench.fake.refuse = None;
+        assert_eq!(mappings(&bench), there, "the controller may still fill it");
+        bench.turns(10);
+        let seen = bench.fake.admin_seen.iter().filter(|e| e.admin_opcode() == AdminOpcode::CONTROLLER_DATA_QUEUE).count();
+        assert!((2..=5).contains(&(seen - deletes - 1)), "{seen}");
+        deletes = seen;
+        assert_eq!(mappings(&bench), if lasts { there } else { before }, "lasts {lasts}");
+    }
+    let generation = bench.driver.generation();
+    bench.driver.reset(bench.now);
+    bench.until("reset", |bench| bench.driver.is_ready() && bench.driver.generation() != generation);
+    assert_eq!(mappings(&bench), before, "a reset ends every queue");
+}
+
+#[test]
 fn refusals_and_bad_set_ups_are_told() {
     let mut bench = Bench::ready();
     for config in [

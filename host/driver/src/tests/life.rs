@@ -48,6 +48,16 @@ fn reset_brings_everything_down_and_up_again() {
 }
 
 #[test]
+fn nonsense_in_the_admin_queue_does_not_end_a_reset() {
+    let mut bench = Bench::ready();
+    bench.fake.complete(0, 0x4321, 0, Status::SUCCESS);
+    let generation = bench.driver.generation();
+    bench.driver.reset(bench.now);
+    bench.until("ready again", |bench| bench.driver.is_ready() || matches!(bench.driver.state(), DriverState::Failed(_)));
+    assert!(bench.driver.is_ready() && bench.driver.generation() != generation, "{:?}", bench.driver.state());
+}
+
+#[test]
 fn a_controller_that_never_gets_ready_is_given_up() {
     let mut bench = Bench::cold();
     bench.fake.never_ready = true;
