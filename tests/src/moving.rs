@@ -116,17 +116,20 @@ impl GuestSlot for Slots {
     }
 }
 
-struct Fences(Vec<Fence>, Paper);
+/// The fences of the source's and of the destination's controllers.
+struct Fences([Vec<Fence>; 2], Paper);
 
 impl FenceControl for Fences {
-    fn raise(&mut self) {
-        self.1.expect("the fence is raised", Owner::Destination);
-        self.0.iter().for_each(Fence::raise);
+    fn raise(&mut self, end: Owner) {
+        if end == Owner::Source {
+            self.1.expect("the source's fence is raised", Owner::Source);
+        }
+        self.0[end as usize].iter().for_each(Fence::raise);
     }
 
-    fn lower(&mut self) {
-        self.1.expect("the fence is lowered", Owner::Source);
-        self.0.iter().for_each(Fence::lower);
+    fn lower(&mut self, end: Owner) {
+        self.1.expect("a fence is lowered", end);
+        self.0[end as usize].iter().for_each(Fence::lower);
     }
 }
 
@@ -342,8 +345,6 @@ impl Moving {
     pub fn start_with(&mut self, policies: Policies) {
         let (from, to) = (self.owner, 1 - self.owner);
         let (source_queue, queue) = (self.queue(from), self.queue(to));
-        // Whoever moves a namespace back has decided that it may: its record says so, the new migration's will.
-        self.machines[to].fences.iter().for_each(Fence::lower);
         let slots = self.tenants.iter().enumerate().map(|(guest, tenant)| {
             let plug = |side: usize| self.machines[side].plugs[guest].clone();
             (tenant.slot.clone(), plug(from), plug(to), Some(tenant.handle.clone()))
@@ -355,7 +356,7 @@ impl Moving {
         let hooks = Hooks {
             slot: Box::new(Slots { slots: slots.chain(by_hand).collect(), paper: self.paper.clone() }),
             journal: Box::new(self.paper.clone()),
-            fence: Box::new(Fences(self.machines[from].fences.clone(), self.paper.clone())),
+            fence: Box::new(Fences([from, to].map(|side| self.machines[side].fences.clone()), self.paper.clone())),
             guest: Box::new(Figures(self.tenants[0].handle.sampler())),
         };
         let features = LocalFeatures { compare: true, write_uncorrectable: true, reads_zero: false };

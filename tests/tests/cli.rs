@@ -80,7 +80,7 @@ fn config() -> String {
 #[test]
 fn every_command_says_what_it_does_with_an_example() {
     let help = good(&["--help"]);
-    for command in ["demo", "device", "cdq", "plugin", "config"] {
+    for command in ["demo", "device", "cdq", "plugin", "history", "config"] {
         assert!(help.contains(command), "{help}");
     }
     for command in [
@@ -91,6 +91,7 @@ fn every_command_says_what_it_does_with_an_example() {
         &["plugin", "inspect"],
         &["plugin", "check"],
         &["plugin", "bench"],
+        &["history"],
         &["config", "check"],
     ] {
         let help = good(&[command, &["--help"]].concat());

@@ -10,8 +10,8 @@ use dray_workload::guest::GuestStage;
 use std::time::Instant;
 
 /// The steps of a switch-over that take more than one poll.
-const STEPS: [&str; 9] =
-    ["prepare", "suspend", "drain", "last_round", "flush", "read_state", "record", "set_state", "resume"];
+const STEPS: [&str; 10] =
+    ["prepare", "suspend", "drain", "last_round", "flush", "read_state", "fence", "record", "set_state", "resume"];
 
 /// A guest whose driver gives up on a controller soon.
 fn impatient(mut plan: Plan) -> Plan {
@@ -119,6 +119,38 @@ fn resets_at_every_step_of_the_switch_over_lose_nothing() {
             moving.judge();
         }
     }
+}
+
+#[test]
+fn a_guest_that_resets_behind_the_fence_is_served_again_on_either_side() {
+    let (mut moved, mut undone) = (0, 0);
+    for seed in 0..24 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let mut moving = Moving::new(&Plan::sized(500 + seed, 2 << 20, 512));
+        moving.paper.set_delay_us(2_000);
+        moving.start();
+        moving.until("record", |moving| moving.is_at("record"));
+        assert!(moving.machines[0].fences[0].is_up(), "the record is written behind the fence");
+        moving.turns(random.u64(0..50));
+        let handle = moving.tenants[0].handle.clone();
+        let before = handle.counters();
+        handle.request_reset();
+        moving.turns(random.u64(0..400));
+        if seed % 2 == 0 {
+            moving.migration.as_mut().expect("a migration").cancel();
+        }
+        match moving.run() {
+            Outcome::Moved => moved += 1,
+            Outcome::Undone(Reason::Cancelled) => undone += 1,
+            other => panic!("seed {seed}: {other:?}"),
+        }
+        moving.goes_on();
+        // The one behind the fence was enough; the other is that of `goes_on`.
+        let after = handle.counters();
+        assert_eq!((after.resets, after.surprises), (before.resets + 2, before.surprises), "seed {seed}");
+        moving.judge();
+    }
+    assert!(moved >= 10 && undone >= 10, "{moved} moved, {undone} undone");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! From the configuration to things that can be polled: subsystems, the slots before their controllers, fences.
 
 use crate::config::{BackingKind, Config, Namespace, PageChoice, Role, Subsystem as SubsystemFile, nguid_bytes};
+use crate::recovery::wait_for;
 use dray_controller::{
     ControllerConfig, ControllerRole, FileBacking, MemoryBacking, NamespaceConfig, Subsystem, SubsystemConfig,
 };
@@ -78,7 +79,16 @@ pub fn pages(config: &Config) -> Pages {
 /// # Errors
 /// [`AssemblyError`].
 pub fn machine(config: &Config, file: &SubsystemFile) -> Result<Machine, AssemblyError> {
-    machine_with(file, &mut |namespace| backing(config, namespace))
+    machine_behind(config, file, false)
+}
+
+/// As [`machine`]; with `fenced` its migratable controllers come into being behind a raised fence, as the durable record of a
+/// migration away from here demands (rule 9).
+///
+/// # Errors
+/// [`AssemblyError`].
+pub fn machine_behind(config: &Config, file: &SubsystemFile, fenced: bool) -> Result<Machine, AssemblyError> {
+    build(file, fenced, &mut |namespace| backing(config, namespace))
 }
 
 /// What opens the backing of a namespace, or says why it cannot.
@@ -89,6 +99,10 @@ pub type OpenBacking<'a> = dyn FnMut(&Namespace) -> Result<Box<dyn Backing>, Str
 /// # Errors
 /// [`AssemblyError`].
 pub fn machine_with(file: &SubsystemFile, open: &mut OpenBacking<'_>) -> Result<Machine, AssemblyError> {
+    build(file, false, open)
+}
+
+fn build(file: &SubsystemFile, fenced: bool, open: &mut OpenBacking<'_>) -> Result<Machine, AssemblyError> {
     let name = file.name.get_ref().clone();
     let mut namespaces = Vec::new();
     for namespace in &file.namespaces {
@@ -104,7 +118,7 @@ pub fn machine_with(file: &SubsystemFile, open: &mut OpenBacking<'_>) -> Result<
         };
         namespaces.push((identity, open(namespace).map_err(failed)?));
     }
-    let controllers: Vec<_> = file.controllers.iter().map(controller).collect();
+    let controllers: Vec<_> = file.controllers.iter().map(|file| controller(file, fenced)).collect();
     let settings = SubsystemConfig {
         nqn: file.nqn.clone(),
         serial: file.serial.get_ref().clone(),
@@ -136,7 +150,7 @@ pub fn machine_with(file: &SubsystemFile, open: &mut OpenBacking<'_>) -> Result<
     Ok(Machine { name, subsystem, management, migratable })
 }
 
-fn controller(file: &crate::config::Controller) -> ControllerConfig {
+fn controller(file: &crate::config::Controller, fenced: bool) -> ControllerConfig {
     ControllerConfig {
         cntlid: *file.cntlid.get_ref(),
         role: match file.role {
@@ -146,11 +160,11 @@ fn controller(file: &crate::config::Controller) -> ControllerConfig {
         namespaces: file.namespaces.iter().map(|nsid| *nsid.get_ref()).collect(),
         io_queues: file.io_queues,
         vectors: file.io_queues.saturating_add(1),
-        fence: Fence::new(false),
+        fence: Fence::new(fenced && file.role == Role::Migratable),
     }
 }
 
-/// Opens the backing of a namespace; a missing file that has a size is made.
+/// Opens the backing of a namespace, a file for itself alone; a missing file that has a size is made.
 ///
 /// # Errors
 /// What is wrong, in words.
@@ -167,6 +181,8 @@ pub fn backing(config: &Config, namespace: &Namespace) -> Result<Box<dyn Backing
             let path = file_of(config, namespace).ok_or("no path")?;
             make_file(&path, namespace).map_err(|e| format!("{}: {e}", path.display()))?;
             let backing = FileBacking::open(&path, block, FILE_DEPTH).map_err(|e| format!("{}: {e}", path.display()))?;
+            // Also until the last write of a process that was killed has ended.
+            wait_for(|| backing.try_lock()).map_err(|e| format!("{}: {e}", path.display()))?;
             Ok(Box::new(backing))
         }
     }

@@ -9,8 +9,10 @@ use crate::config::{Config, MediaError, Trust};
 use crate::core::clock::{Clock, unix_seconds};
 use crate::core::jobs::Worker;
 use crate::core::reactor::{CoreDied, Part, Reactor};
-use crate::core::records::{FileMedium, RecordJournal, RecordStore};
+use crate::core::records::RecordJournal;
+use crate::core::status::Status;
 use crate::policies::Seats;
+use crate::recovery::{Records, RecoveryError};
 use dray_controller::Subsystem;
 use dray_device::poll::{Poll, Progress, Time};
 use dray_device::slot::{Fence, Plug, Slot, SlotError};
@@ -19,7 +21,7 @@ use dray_driver::{Driver, DriverConfig, DriverError, DriverState, QueuePair, Que
 use dray_migration::copy::CopySetupError;
 use dray_migration::{
     CopyConfig, DriverMmc, FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Ingredients, Limits, LocalDestination,
-    LocalFeatures, Migration, MigrationConfig, OnMediaError, Outcome, PolicySettings, Policies, ProgressView, Report,
+    LocalFeatures, Migration, MigrationConfig, OnMediaError, Outcome, Owner, PolicySettings, Policies, ProgressView, Report,
 };
 use dray_workload::guest::{Guest, GuestConfig, GuestError, GuestHandle, GuestSampler, GuestStage, Phase};
 use dray_workload::ledger::Ledger;
@@ -65,6 +67,14 @@ pub struct LiveSpec<'a> {
     pub cancel: Arc<AtomicBool>,
 }
 
+/// Where a run begins.
+pub struct Start {
+    /// The durable records: they say which end serves. They are closed before anything is polled.
+    pub records: Records,
+    /// Where the run shows how far it is.
+    pub status: Option<Status>,
+}
+
 /// What the caller sees while it runs.
 #[derive(Clone, Debug)]
 pub struct LiveView {
@@ -103,6 +113,10 @@ pub struct LiveReport {
     pub guest_error: Option<String>,
     /// The guest found the same identity after its reset (true without a reset).
     pub same_identity: bool,
+    /// A migration ran; it did not if the destination served already.
+    pub migrated: bool,
+    /// Who serves at the end.
+    pub serving: Owner,
 }
 
 /// Why a run could not be.
@@ -120,7 +134,11 @@ pub enum LiveError {
     /// The migration's set-up.
     #[error("the migration cannot be set up: {0}")]
     Migration(#[from] CopySetupError),
-    /// A record store, or a thread.
+    /// The durable records.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Records(#[from] RecoveryError),
+    /// A thread.
     #[error("{what}: {source}")]
     Io {
         /// What was done.
@@ -158,6 +176,7 @@ struct CorePart {
     migration: Option<Box<Migration>>,
     board: Arc<Board>,
     published: Time,
+    status: Option<Status>,
     pin: Option<usize>,
 }
 
@@ -171,6 +190,9 @@ impl CorePart {
             migration.cancel();
         }
         let progress = migration.poll(now);
+        if let Some(status) = &mut self.status {
+            status.migration(migration);
+        }
         if now.ns_since(self.published) >= PUBLISH_NS || *migration.outcome() != Outcome::Running {
             self.published = now;
             *self.board.view.lock().unwrap_or_else(PoisonError::into_inner) = migration.progress(now);
@@ -246,15 +268,16 @@ impl GuestSlot for SwitchedSlot {
     }
 }
 
-struct Fences(Vec<Fence>);
+/// The fences of the source's and the destination's controller.
+struct Fences([Fence; 2]);
 
 impl FenceControl for Fences {
-    fn raise(&mut self) {
-        self.0.iter().for_each(Fence::raise);
+    fn raise(&mut self, end: Owner) {
+        self.0[end as usize].raise();
     }
 
-    fn lower(&mut self) {
-        self.0.iter().for_each(Fence::lower);
+    fn lower(&mut self, end: Owner) {
+        self.0[end as usize].lower();
     }
 }
 
@@ -268,7 +291,7 @@ impl GuestView for Figures {
     }
 }
 
-/// Runs a guest and a migration to their end.
+/// Runs a guest and a migration over new disks to their end: whatever was recorded of their namespaces is over.
 ///
 /// # Errors
 /// [`LiveError`] when it could not be set up or a thread died; a migration that was undone is a [`LiveReport`].
@@ -279,21 +302,52 @@ pub fn run(
     seats: Seats,
     look: &mut dyn FnMut(&LiveView),
 ) -> Result<LiveReport, LiveError> {
+    let mut records = Records::open(spec.config)?;
+    records.renew()?;
+    run_from(spec, source, destination, seats, Start { records, status: None }, look)
+}
+
+/// Runs a guest, and a migration unless the destination serves already, from what the records say to their end. The machines have
+/// been built with the fences that [`Records::is_fenced`] asks for.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_from(
+    spec: &LiveSpec<'_>,
+    source: Machine,
+    destination: Machine,
+    seats: Seats,
+    start: Start,
+    look: &mut dyn FnMut(&LiveView),
+) -> Result<LiveReport, LiveError> {
     let clock = Clock::new();
     let worker = Worker::start().map_err(io("the job worker"))?;
+    let Start { mut records, status } = start;
+    records.close()?;
+    let serving = records.serving()?;
     let (from, to) = match (source.migratable.as_slice(), destination.migratable.as_slice()) {
         ([from], [to]) => (from, to),
         _ => return Err(LiveError::Set("the demo moves one migratable controller at each side".into())),
     };
+    if serving == Owner::Destination && !from.fence.is_up() {
+        return Err(LiveError::Set("the destination serves, and the source was built without its fence".into()));
+    }
     let ids = (from.cntlid, to.cntlid);
-    let slot = Slot::new(AddressSpace::default(), from.io_queues.saturating_add(1))?;
-    slot.point_at(&from.plug);
+    let slot = Slot::new(AddressSpace::default(), from.io_queues.max(to.io_queues).saturating_add(1))?;
+    slot.point_at(if serving == Owner::Source { &from.plug } else { &to.plug });
     let driver = Driver::new(slot.function(), DriverConfig { pages: pages(spec.config), ..DriverConfig::default() })?;
     let (guest, handle) = Guest::new(driver, spec.guest.clone(), Arc::clone(&spec.ledger))?;
-    let switched =
-        SwitchedSlot { slot, source: from.plug.clone(), destination: to.plug.clone(), guest: handle.clone() };
-    let fences = Fences(vec![from.fence.clone()]);
-    let journal = journal(spec.config, &worker)?;
+    take_up_marks(&handle, serving);
+    let switched = SwitchedSlot {
+        slot,
+        source: from.plug.clone(),
+        destination: to.plug.clone(),
+        guest: handle.clone(),
+    };
+    let fences = Fences([from.fence.clone(), to.fence.clone()]);
+    let config = migration_config(spec, ids, &records);
+    let jobs = worker.jobs().ok_or_else(|| LiveError::Set("the job worker has ended".into()))?;
+    let journal = RecordJournal::new(records.into_stores(), Box::new(jobs));
     let mmcs = [mmc_driver(spec.config, &source)?, mmc_driver(spec.config, &destination)?];
 
     let board = Arc::new(Board::default());
@@ -305,35 +359,27 @@ pub fn run(
         migration: None,
         board: Arc::clone(&board),
         published: Time(0),
+        status: status.clone(),
         pin: core_cpu,
     };
     let core = Reactor::start("dray-core", clock, idle, core).map_err(io("the polling core"))?;
     let part = GuestPart { guest, handle: handle.clone(), pin: guest_cpu };
     let guest = Reactor::start("dray-guest", clock, idle, part).map_err(io("the guest's core"))?;
 
-    let mut play = Play { spec, clock, board, handle: handle.clone(), sampler: handle.sampler(), look };
-    play.settle(Act::Settling)?;
-    let hooks = Hooks {
-        slot: Box::new(switched),
-        journal: Box::new(journal),
-        fence: Box::new(fences),
-        guest: Box::new(Figures(handle.sampler())),
-    };
-    let [from, to] = mmcs;
-    let (from, to) = (ready(from, clock)?, ready(to, clock)?);
-    let oncs = to.0.identify().map(|identify| identify.oncs).unwrap_or_default();
-    let features = LocalFeatures { compare: oncs.compare(), write_uncorrectable: oncs.write_uncorrectable(), reads_zero: false };
-    let (source_space, destination_space) = (from.0.space().clone(), to.0.space().clone());
-    let with = Ingredients {
-        source: Box::new(DriverMmc::new(from.0, COPY_QUEUE)),
-        source_queue: Box::new(from.1),
-        source_space,
-        destination: Box::new(DriverMmc::new(to.0, COPY_QUEUE)),
-        media: Box::new(LocalDestination::new(Box::new(to.1), destination_space, features)),
-        policies: Policies { cdq: vec![seats.cdq], tracking: seats.tracking, copy: seats.copy },
-        hooks,
-    };
-    play.migrate(Box::new(Migration::new(migration_config(spec, ids), with, clock.now())?));
+    let mut play = Play { spec, clock, board, handle: handle.clone(), sampler: handle.sampler(), status, look };
+    let migrated = serving == Owner::Source;
+    if migrated {
+        play.settle(Act::Settling)?;
+        let hooks = Hooks {
+            slot: Box::new(switched),
+            journal: Box::new(journal),
+            fence: Box::new(fences),
+            guest: Box::new(Figures(handle.sampler())),
+        };
+        play.migrate(Box::new(Migration::new(config, ingredients(mmcs, clock, seats, hooks)?, clock.now())?));
+    } else {
+        play.settle(Act::After)?;
+    }
     let same_identity = play.afterwards()?;
     handle.stop();
     play.until(Act::Stopping, GUEST_PATIENCE, |handle, _| handle.is_over());
@@ -341,7 +387,38 @@ pub fn run(
     let part = core.stop()?;
     let report = part.migration.map(|migration| migration.report().clone()).unwrap_or_default();
     let guest_error = handle.first_error();
-    Ok(LiveReport { migration: report, guest: handle, guest_error, same_identity })
+    let serving = if moved(&report) { Owner::Destination } else { serving };
+    Ok(LiveReport { migration: report, guest: handle, guest_error, same_identity, migrated, serving })
+}
+
+/// The ledger's marks of a switch-over, as the records say: there was one that holds, or there was none.
+fn take_up_marks(handle: &GuestHandle, serving: Owner) {
+    if serving == Owner::Source {
+        return handle.clear_marks();
+    }
+    handle.set_phase(Phase::After);
+    handle.ledger().recover_suspend_floor();
+    if handle.ledger().resume_mark().is_none() {
+        handle.mark_resume();
+    }
+}
+
+/// Both management controllers with their queues, the policies and the surroundings, as a migration takes them.
+fn ingredients(mmcs: [Driver; 2], clock: Clock, seats: Seats, hooks: Hooks) -> Result<Ingredients, LiveError> {
+    let [from, to] = mmcs;
+    let (from, to) = (ready(from, clock)?, ready(to, clock)?);
+    let oncs = to.0.identify().map(|identify| identify.oncs).unwrap_or_default();
+    let features = LocalFeatures { compare: oncs.compare(), write_uncorrectable: oncs.write_uncorrectable(), reads_zero: false };
+    let (source_space, destination_space) = (from.0.space().clone(), to.0.space().clone());
+    Ok(Ingredients {
+        source: Box::new(DriverMmc::new(from.0, COPY_QUEUE)),
+        source_queue: Box::new(from.1),
+        source_space,
+        destination: Box::new(DriverMmc::new(to.0, COPY_QUEUE)),
+        media: Box::new(LocalDestination::new(Box::new(to.1), destination_space, features)),
+        policies: Policies { cdq: vec![seats.cdq], tracking: seats.tracking, copy: seats.copy },
+        hooks,
+    })
 }
 
 fn mmc_driver(config: &Config, machine: &Machine) -> Result<Driver, DriverError> {
@@ -376,25 +453,13 @@ fn ready(mut driver: Driver, clock: Clock) -> Result<(Driver, QueuePair), LiveEr
     }
 }
 
-fn journal(config: &Config, worker: &Worker) -> Result<RecordJournal<FileMedium>, LiveError> {
-    let folder = config.path(&config.file.core.state).join("records");
-    let from = config.subsystem(config.file.migration.from.get_ref());
-    let mut stores = Vec::new();
-    for namespace in from.iter().flat_map(|s| &s.namespaces) {
-        let nguid = crate::config::nguid_bytes(namespace.nguid.get_ref()).unwrap_or_default();
-        let medium = FileMedium::open(&folder, &nguid).map_err(io(folder.display().to_string()))?;
-        stores.push(RecordStore::open(medium, nguid).map_err(io(folder.display().to_string()))?);
-    }
-    let jobs = worker.jobs().ok_or_else(|| LiveError::Set("the job worker has ended".into()))?;
-    Ok(RecordJournal::new(stores, Box::new(jobs)))
-}
-
-fn migration_config(spec: &LiveSpec<'_>, controllers: (u16, u16)) -> MigrationConfig {
+fn migration_config(spec: &LiveSpec<'_>, controllers: (u16, u16), records: &Records) -> MigrationConfig {
     let file = &spec.config.file;
     let settings = |policy: &crate::config::Policy| policy.settings.clone().into_iter().collect();
     let micros = |span: crate::config::units::Span| span.0.as_micros();
     MigrationConfig {
-        id: u64::try_from(unix_seconds()).unwrap_or(1),
+        id: records.next_migration(),
+        ends: records.ends(),
         seed: spec.seed,
         namespaces: vec![(spec.guest.nsid, spec.guest.nsid)],
         controllers: vec![controllers],
@@ -433,12 +498,16 @@ struct Play<'a, 'b> {
     board: Arc<Board>,
     handle: GuestHandle,
     sampler: GuestSampler,
+    status: Option<Status>,
     look: &'b mut dyn FnMut(&LiveView),
 }
 
 impl Play<'_, '_> {
     /// Looks until `done` says so or the time is over; says whether it was done.
     fn until(&mut self, act: Act, at_most: Duration, done: impl Fn(&GuestHandle, &Board) -> bool) -> bool {
+        if let Some(status) = &self.status {
+            status.act(act);
+        }
         let end = self.clock.now().after_us(u64::try_from(at_most.as_micros()).unwrap_or(u64::MAX));
         loop {
             if done(&self.handle, &self.board) {

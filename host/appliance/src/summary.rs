@@ -14,6 +14,12 @@ pub struct Summary {
     pub reasons: Vec<String>,
     /// How the migration ended ("done", "undone: …", "failed: …").
     pub outcome: String,
+    /// What a start found of a run before it, and did about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub found: Option<String>,
+    /// Which check ran: "both disks" (every block of the destination against the frozen source and the ledger), or "serving
+    /// disk" (every block that the guest may write, against the ledger).
+    pub check: &'static str,
     /// Blocks of 4 KiB compared at the end.
     pub blocks_compared: u64,
     /// Blocks that differ without a write that explains it.
@@ -130,10 +136,13 @@ pub struct Policy {
     pub fallbacks: u64,
     /// What the policy left out and the host added.
     pub omissions: u64,
+    /// Answers that came too late: the host went on without.
+    pub late: u64,
 }
 
-impl fmt::Display for Summary {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Summary {
+    /// Rounds, downtime and policies: what there is to say of a migration that copied.
+    fn migration(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "round        copied        zero     took        rate     dirtied meanwhile")?;
         for (i, round) in self.rounds.iter().enumerate() {
             let rate = round.bytes as f64 / (round.duration_us.max(1) as f64 / 1e6);
@@ -151,11 +160,7 @@ impl fmt::Display for Summary {
         for part in &self.downtime_parts {
             writeln!(f, "    {:<28} {:>10}", part.name, micros(part.us))?;
         }
-        writeln!(f, "\nguest         p50        p99        max       IOPS")?;
-        for (name, l) in [("before", &self.guest.before), ("during", &self.guest.during), ("after", &self.guest.after)] {
-            writeln!(f, "{name:<8} {:>8}   {:>8}   {:>8}   {:>8}", micros(l.p50_us), micros(l.p99_us), micros(l.max_us), l.iops)?;
-        }
-        writeln!(f, "\npolicy                                calls        cost   faults  fallbacks  omissions")?;
+        writeln!(f, "\npolicy                                calls        cost   faults  fallbacks  omissions  late")?;
         for (role, p) in [("cdq", &self.policy.cdq), ("tracking", &self.policy.tracking), ("copy", &self.policy.copy)] {
             let cost = match (p.ns_per_entry, p.us_per_call) {
                 (Some(ns), _) => format!("{ns:.1} ns/entry"),
@@ -163,7 +168,20 @@ impl fmt::Display for Summary {
                 (None, None) => "-".into(),
             };
             let (component, calls, faults) = (&p.component, p.calls, p.faults);
-            writeln!(f, "{role:<9} {component:<24} {calls:>8} {cost:>13} {faults:>6} {:>10} {:>10}", p.fallbacks, p.omissions)?;
+            writeln!(f, "{role:<9} {component:<24} {calls:>8} {cost:>13} {faults:>6} {:>10} {:>10} {:>5}", p.fallbacks, p.omissions, p.late)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.rounds.is_empty() {
+            self.migration(f)?;
+        }
+        writeln!(f, "\nguest         p50        p99        max       IOPS")?;
+        for (name, l) in [("before", &self.guest.before), ("during", &self.guest.during), ("after", &self.guest.after)] {
+            writeln!(f, "{name:<8} {:>8}   {:>8}   {:>8}   {:>8}", micros(l.p50_us), micros(l.p99_us), micros(l.max_us), l.iops)?;
         }
         if self.queue_fills > 0 {
             writeln!(f, "\nthe controller data queue filled up {} times; a full round followed each", self.queue_fills)?;
@@ -171,7 +189,11 @@ impl fmt::Display for Summary {
         for (lba, blocks) in &self.uncorrectable {
             writeln!(f, "\nunreadable at the source, marked at the destination: LBA {lba}, {blocks} blocks")?;
         }
+        if let Some(found) = &self.found {
+            writeln!(f, "\nstart        {found}")?;
+        }
         writeln!(f, "\nmigration    {}", self.outcome)?;
+        writeln!(f, "check        {}", self.check)?;
         writeln!(
             f,
             "blocks       {} compared, {} different ({} more written by the guest after the switch, all as its ledger says)",

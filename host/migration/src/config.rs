@@ -1,6 +1,7 @@
 //! What a migration is set up with.
 
 use crate::copy::CopyConfig;
+use crate::hooks::EndId;
 use crate::pump::PumpLimits;
 
 /// Limits of the host's own: whatever the policies do, they hold.
@@ -64,6 +65,8 @@ pub struct PolicySettings {
 pub struct MigrationConfig {
     /// The migration, a number that is never reused.
     pub id: u64,
+    /// The names of source and destination in the durable record; zeroes where nobody has to find an end by it.
+    pub ends: [EndId; 2],
     /// The policies' randomness.
     pub seed: u64,
     /// NSIDs: source, destination.
@@ -98,6 +101,7 @@ impl Default for MigrationConfig {
     fn default() -> Self {
         Self {
             id: 1,
+            ends: [[0; 16]; 2],
             seed: 1,
             namespaces: Vec::new(),
             controllers: Vec::new(),

@@ -30,11 +30,19 @@ pub enum RecordPhase {
     Undone,
 }
 
+/// The name of an end (a subsystem) that means the same in every migration: "source" and "destination" do not, once a namespace
+/// goes from A to B and back to A. The appliance takes the first 16 bytes of a SHA-256; all zero = not named.
+pub type EndId = [u8; 16];
+
 /// What correctness rests on: written and flushed before the step that relies on it (rule 9).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
     /// The migration, a number that is never reused.
     pub migration: u64,
+    /// The source of that migration.
+    pub from: EndId,
+    /// Its destination.
+    pub to: EndId,
     /// Counts the records of a migration.
     pub epoch: u64,
     /// Who serves.
@@ -58,12 +66,17 @@ pub trait Journal: Send {
     fn poll(&mut self) -> Option<Result<(), JournalError>>;
 }
 
-/// The fence before the source, as a mirror of the durable record: behind it nothing is fetched, whatever is reset.
+/// The fences before the controllers of each end: behind one nothing is fetched, whatever is reset. Suspension is none at either
+/// end, since the reset of a management controller ends it. A restart raises them by the record.
+///
+/// The destination's is up from before its controllers are suspended until they have their state and "moved" is durable. The
+/// source's is up before the "moved" record is begun, so that nothing happens between the last look at the source and the record.
 pub trait FenceControl: Send {
-    /// Raises it; the record has been flushed before.
-    fn raise(&mut self);
-    /// Lowers it; the undo has been recorded before.
-    fn lower(&mut self);
+    /// Raises the fence of an end; nothing changes where it is up.
+    fn raise(&mut self, end: Owner);
+    /// Lowers the fence of an end. The source's: where "moved" may be durable, the undo has been recorded before. The
+    /// destination's: Resume is about to be sent.
+    fn lower(&mut self, end: Owner);
 }
 
 /// What the guest sees of its controller. Microseconds; 0 = unknown.

@@ -13,8 +13,8 @@
 //! a durable record says "moved" before the destination may run.
 //!
 //! **What it does not do yet.** The stream to a peer (the [`Destination`] trait is its place), compression, tracking of guest
-//! memory, a media move under the same controller, recovery of a migration from its record after a restart (the record says who
-//! owns the namespaces; the binary decides by it), reservations (a namespace that supports them is refused).
+//! memory, a media move under the same controller, going on with a copy after a restart (the record says who serves, see
+//! [`recovery`]; what the destination has is copied again), reservations (a namespace that supports them is refused).
 //!
 //! **Where to start reading.** `state.rs` for the states, [`dirty`], then `rounds.rs` and `switch.rs`; `undo.rs` for the way
 //! back.
@@ -37,6 +37,7 @@ pub mod pump;
 pub mod queue;
 pub mod rate;
 pub mod reason;
+pub mod recovery;
 mod relog;
 pub mod report;
 mod rounds;
@@ -51,7 +52,7 @@ pub use config::{Limits, MigrationConfig, PolicySettings};
 pub use copy::{CopyConfig, Engine, OnMediaError};
 pub use destination::{Destination, LocalDestination, LocalFeatures};
 pub use dirty::DirtyMap;
-pub use hooks::{FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Journal, JournalError, Owner, Record, RecordPhase};
+pub use hooks::{EndId, FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Journal, JournalError, Owner, Record, RecordPhase};
 pub use media::Media;
 pub use migration::{Ingredients, Migration};
 pub use mmc::{DriverMmc, DriverQueue, Mmc};
@@ -59,5 +60,6 @@ pub use parts::Policies;
 pub use pump::{Pump, PumpLimits};
 pub use queue::{EntryQueue, QueueError};
 pub use reason::{Reason, Refusal};
+pub use recovery::{Contradiction, Recovery, recover};
 pub use report::{Outcome, ProgressView, Report, Round, Step};
 pub use state::Phase;

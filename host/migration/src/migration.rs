@@ -2,7 +2,7 @@
 
 use crate::check::Checking;
 use crate::config::MigrationConfig;
-use crate::copy::{CopySetupError, Engine};
+use crate::copy::{CopySetupError, Engine, Uncorrectable};
 use crate::destination::Destination;
 use crate::extents::Extents;
 use crate::hooks::Hooks;
@@ -96,6 +96,7 @@ impl Migration {
             hint: None,
             throttle: Throttle::default(),
             late_plans: 0,
+            late_orders: 0,
             added_blocks: 0,
             past_pumps: PumpStats::default(),
             lost_queue: None,
@@ -151,6 +152,12 @@ impl Migration {
     #[must_use]
     pub fn report(&self) -> &Report {
         &self.parts.report
+    }
+
+    /// Blocks that are marked as unreadable at the destination so far.
+    #[must_use]
+    pub fn uncorrectable(&self) -> &[Uncorrectable] {
+        self.parts.engine.uncorrectable()
     }
 
     /// The moving namespaces with their maps.

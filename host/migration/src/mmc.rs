@@ -92,6 +92,11 @@ pub trait Mmc: Send {
     fn reports_csup(&self) -> bool {
         true
     }
+    /// Whether S0PT of a completion queue's state is the tag that is written next there, also while the tail is 0 (then the
+    /// specification wants the other one).
+    fn s0pt_is_next_phase(&self) -> bool {
+        false
+    }
     /// Most bytes of data in one admin command.
     fn admin_limit(&self) -> usize;
 
@@ -102,6 +107,8 @@ pub trait Mmc: Send {
     fn request(&mut self, now: Time, entry: &SubmissionEntry, data: AdminData<'_>) -> Result<u64, SubmitError>;
     /// The answer, once.
     fn answer(&mut self, ticket: u64) -> Option<Answer>;
+    /// Admin commands that have not been answered, those included that nobody waits for any more; event requests are not counted.
+    fn outstanding(&self) -> usize;
     /// The next event that belongs to no data queue.
     fn next_notice(&mut self) -> Option<Notice>;
     /// While set, the controller is not reset by whoever drives it (rule 9).
@@ -249,6 +256,10 @@ impl Mmc for DriverMmc {
         !self.driver.identify().is_some_and(|identify| Quirks::for_device(identify).csup_never_set)
     }
 
+    fn s0pt_is_next_phase(&self) -> bool {
+        self.driver.identify().is_some_and(|identify| Quirks::for_device(identify).s0pt_is_next_phase)
+    }
+
     fn admin_limit(&self) -> usize {
         self.driver.admin_limit()
     }
@@ -277,6 +288,10 @@ impl Mmc for DriverMmc {
             unknown: completion.unknown,
             data: answer.data,
         })
+    }
+
+    fn outstanding(&self) -> usize {
+        self.driver.outstanding()
     }
 
     fn next_notice(&mut self) -> Option<Notice> {

@@ -9,6 +9,7 @@ use crate::pump::Pump;
 use crate::reason::Reason;
 use crate::rounds::Rounds;
 use crate::state::{State, Turn};
+use dray_device::planted::{self, Fault};
 use dray_device::poll::Time;
 use dray_nvme::command::SubmissionEntry;
 use dray_policy::seam::Opening as PolicyOpening;
@@ -115,9 +116,15 @@ fn start(parts: &mut Parts, now: Time) -> Opening {
     let copy = parts.setup(now, &parts.config.settings.copy);
     parts.policies.copy.open(PolicyOpening { setup: copy, extra: () });
     parts.record(Owner::Source, RecordPhase::Copying, false);
-    let starts = (0..parts.taps.len()).map(|index| SubmissionEntry::track_send_log(true, cdqid(parts, index)));
+    let starts = (0..tracked(parts.taps.len())).map(|index| SubmissionEntry::track_send_log(true, cdqid(parts, index)));
     let start = Calls::plain(starts.collect::<Vec<_>>());
+    parts.hooks.fence.raise(Owner::Destination);
     Opening::Starting { start, suspend: suspend(&parts.destinations()), began: now, recorded: None }
+}
+
+/// How many controllers of the set are tracked: all (rule 5).
+pub(crate) fn tracked(all: usize) -> usize {
+    if planted::on(Fault::SecondWriterUntracked) { all.min(1) } else { all }
 }
 
 /// Suspend of a set of controllers; where they are suspended already it succeeds.

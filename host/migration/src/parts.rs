@@ -9,6 +9,7 @@ use crate::media::Media;
 use crate::mmc::Mmc;
 use crate::pump::{Pump, PumpStats};
 use crate::report::Report;
+use dray_device::planted::{self, Fault};
 use dray_device::poll::Time;
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::feature::FeatureId;
@@ -47,9 +48,11 @@ pub(crate) struct Footing {
     pub(crate) recorded: bool,
     /// Suspend was sent to the source's controllers.
     pub(crate) suspended: bool,
+    /// The fence is up.
+    pub(crate) fenced: bool,
     /// The "moved" record may be durable.
     pub(crate) moved: bool,
-    /// The fence is up and the slots point at the destination.
+    /// The slots point at the destination.
     pub(crate) pointed: bool,
     /// Resume was sent to the destination's controllers: there may be no way back.
     pub(crate) resumed: bool,
@@ -72,6 +75,11 @@ pub(crate) struct Tap {
     pub(crate) cntlid: u16,
     pub(crate) slots: u32,
     pub(crate) pump: Option<Pump>,
+}
+
+/// Whether the log of a queue has ended although it must not.
+pub(crate) fn has_hole(tap: &Tap) -> bool {
+    tap.pump.as_ref().is_some_and(Pump::has_hole)
 }
 
 /// Everything that the states share.
@@ -102,6 +110,7 @@ pub(crate) struct Parts {
     pub(crate) hint: Option<String>,
     pub(crate) throttle: Throttle,
     pub(crate) late_plans: u64,
+    pub(crate) late_orders: u64,
     pub(crate) added_blocks: u64,
     /// Counts of pumps that were replaced.
     pub(crate) past_pumps: PumpStats,
@@ -149,7 +158,8 @@ impl Parts {
         self.epoch += 1;
         self.footing.recorded = true;
         self.writing = true;
-        self.hooks.journal.write(&Record { migration: self.config.id, epoch: self.epoch, owner, phase, fenced });
+        let ([from, to], migration) = (self.config.ends, self.config.id);
+        self.hooks.journal.write(&Record { migration, from, to, epoch: self.epoch, owner, phase, fenced });
     }
 
     /// How the record that is being written has ended; `None` while it has not, or when there is none.
@@ -162,6 +172,9 @@ impl Parts {
     /// Drains every queue a bounded amount. Returns entries given back.
     pub(crate) fn drain(&mut self, now: Time) -> u32 {
         let mut work = 0;
+        if self.overlooks_entries() {
+            return work;
+        }
         for (index, tap) in self.taps.iter_mut().enumerate() {
             let Some(pump) = &mut tap.pump else { continue };
             let mut seat: Option<&mut Box<dyn Seat<Cdq>>> = self.policies.cdq.get_mut(index);
@@ -179,13 +192,18 @@ impl Parts {
         work
     }
 
+    /// What waits in the queues after Suspend is not looked at: never (rule 7).
+    pub(crate) fn overlooks_entries(&self) -> bool {
+        planted::on(Fault::SwitchWithEntryWaiting) && self.footing.suspended
+    }
+
     /// Whether a queue shows nothing new and its policy has nothing that the map lacks.
     pub(crate) fn is_drained(&mut self, index: usize) -> bool {
         let Some(tap) = self.taps.get(index) else { return true };
         let settled = tap.pump.as_ref().is_none_or(Pump::is_settled);
         let mut waiting = 0;
         self.source.with_queue(tap.key, &mut |queue| waiting = queue.waiting());
-        settled && waiting == 0
+        settled && waiting == 0 || self.overlooks_entries()
     }
 
     /// What a switch-over now would cost the guest, µs.
@@ -250,13 +268,13 @@ impl Parts {
         }
         report.hint_only.clone_from(&self.hint);
         report.policies.clear();
-        let mut push = |name, identity, stats, omissions| {
-            report.policies.push((name, crate::report::PolicyReport { identity, stats, omissions }));
+        let mut push = |name, identity, stats, omissions, late| {
+            report.policies.push((name, crate::report::PolicyReport { identity, stats, omissions, late }));
         };
         for seat in &self.policies.cdq {
-            push("cdq", seat.identity(), seat.stats(), report.pump.omitted_blocks);
+            push("cdq", seat.identity(), seat.stats(), report.pump.omitted_blocks, report.pump.late);
         }
-        push("tracking", self.policies.tracking.identity(), self.policies.tracking.stats(), self.late_plans);
-        push("copy", self.policies.copy.identity(), self.policies.copy.stats(), self.added_blocks);
+        push("tracking", self.policies.tracking.identity(), self.policies.tracking.stats(), 0, self.late_plans);
+        push("copy", self.policies.copy.identity(), self.policies.copy.stats(), self.added_blocks, self.late_orders);
     }
 }

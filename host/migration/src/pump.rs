@@ -7,6 +7,7 @@
 
 use crate::media::Media;
 use crate::queue::{EntryQueue, QueueError};
+use dray_device::planted::{self, Fault};
 use dray_device::poll::Time;
 use dray_policy::packed;
 use dray_policy::role::{Cdq, CdqQueue, Marks};
@@ -135,6 +136,13 @@ impl Pump {
     #[must_use]
     pub fn marks(&self) -> Marks {
         self.marks
+    }
+
+    /// The log has ended although nobody wants it to end: the queue was full, or logging was stopped past whoever drives this
+    /// (a Track Send that was still under way). Changes may be missing since (rule 8).
+    #[must_use]
+    pub fn has_hole(&self) -> bool {
+        self.marks.full || self.marks.stopped
     }
 
     /// Forgets what the entries said: before logging is stopped, started or suspended.
@@ -374,6 +382,9 @@ impl Pump {
     fn mark_specials(&mut self, entries: impl Iterator<Item = UdmqEntry>, second: &mut Second, media: &mut Media) {
         for entry in entries.filter(|entry| !udmq::is_plain(entry)) {
             udmq::mark(&entry, &mut self.marks);
+            if planted::on(Fault::QueueFullIgnored) && std::mem::take(&mut self.marks.full) {
+                self.marks.suspended = true;
+            }
             match entry.changed() {
                 Changed::Range { nsid, slba, blocks } => second.mark(Run { nsid, slba, end: slba.saturating_add(blocks) }, media),
                 Changed::Namespace { nsid } => second.omitted += whole(nsid, media),
@@ -413,7 +424,7 @@ impl Second {
             return;
         };
         self.outside += u64::from(run.end > namespace.geometry.blocks);
-        self.omitted += namespace.mark_reported(run.slba, blocks, self.now_ms) * namespace.dirty().granule_blocks();
+        self.omitted += namespace.mark_reported(run.slba, named(blocks), self.now_ms) * namespace.dirty().granule_blocks();
     }
 }
 
@@ -432,6 +443,12 @@ fn whole(nsid: u32, media: &mut Media) -> u64 {
     clean
 }
 
+/// Blocks of a range that become dirty: all.
+#[inline]
+fn named(blocks: u64) -> u64 {
+    blocks - u64::from(planted::on(Fault::LastBlockDropped) && blocks > 1)
+}
+
 /// Marks what a policy returned.
 fn mark_ranges(bytes: &[u8], media: &mut Media) {
     for range in packed::ranges(bytes) {
@@ -439,7 +456,7 @@ fn mark_ranges(bytes: &[u8], media: &mut Media) {
         if range.blocks == 0 {
             namespace.mark_everything();
         } else {
-            namespace.mark(range.slba, u64::from(range.blocks));
+            namespace.mark(range.slba, named(u64::from(range.blocks)));
         }
     }
 }

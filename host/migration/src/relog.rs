@@ -3,7 +3,7 @@
 
 use crate::calls::{Calls, words};
 use crate::open::{cdqid, live};
-use crate::parts::Parts;
+use crate::parts::{Parts, has_hole};
 use crate::reason::Reason;
 use dray_device::poll::Time;
 use dray_nvme::command::SubmissionEntry;
@@ -13,8 +13,11 @@ const TRIES: u32 = 3;
 
 #[derive(Debug)]
 enum Step {
+    /// What a full queue holds: nothing new comes, since a full queue does not log. One that logs is not waited for: its guest
+    /// may write for ever faster than it is looked at, so logging is stopped first.
     Drain,
     Stop(Calls),
+    /// What was logged before the stop.
     DrainAgain,
     Start(Calls),
     /// A larger queue is being created. A refusal may mean that the old one is not deleted yet, so it is tried again; after
@@ -25,16 +28,18 @@ enum Step {
 /// Starting tracking anew, queue by queue.
 #[derive(Debug)]
 pub(crate) struct Relog {
-    /// Every queue, or only those that were full.
+    /// Every queue, or only those whose log has ended.
     all: bool,
     index: usize,
     step: Step,
     counted: bool,
+    /// Since when the present queue is drained.
+    draining: Option<Time>,
 }
 
 impl Relog {
     pub(crate) fn new(all: bool) -> Self {
-        Self { all, index: 0, step: Step::Drain, counted: false }
+        Self { all, index: 0, step: Step::Drain, counted: false, draining: None }
     }
 
     /// True when every queue logs again without a hole.
@@ -45,9 +50,10 @@ impl Relog {
         let full = parts.taps[self.index].pump.as_ref().is_some_and(|pump| pump.marks().full);
         match &mut self.step {
             Step::Drain => {
-                if !full && !self.all {
+                let hole = has_hole(&parts.taps[self.index]);
+                if !hole && !self.all {
                     self.index += 1;
-                } else if parts.is_drained(self.index) {
+                } else if !full || self.drained(parts, now)? {
                     self.count(full, parts)?;
                     self.begin(full, parts, now)?;
                 }
@@ -59,7 +65,7 @@ impl Relog {
                 }
             }
             Step::DrainAgain => {
-                if parts.is_drained(self.index) {
+                if self.drained(parts, now)? {
                     self.start(parts);
                 }
             }
@@ -86,6 +92,19 @@ impl Relog {
             },
         }
         Ok(self.index >= parts.taps.len())
+    }
+
+    /// Whether the present queue is empty. Where logging could not be stopped it may never be.
+    fn drained(&mut self, parts: &mut Parts, now: Time) -> Result<bool, Reason> {
+        if parts.is_drained(self.index) {
+            self.draining = None;
+            return Ok(true);
+        }
+        let since = *self.draining.get_or_insert(now);
+        if now.us_since(since) / 1000 >= parts.config.limits.step_ms {
+            return Err(Reason::Source("a controller data queue does not become empty, so logging cannot start anew".to_owned()));
+        }
+        Ok(false)
     }
 
     fn next(&mut self) {

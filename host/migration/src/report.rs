@@ -79,9 +79,11 @@ pub enum Step {
     Compare,
     /// Controller states are read.
     ReadState,
+    /// The fence goes up, and behind it each controller of the source says once more that it is suspended.
+    Fence,
     /// The "moved" record is written and flushed.
     Record,
-    /// The fence goes up and the guest's slots are pointed at the destination.
+    /// The guest's slots are pointed at the destination.
     Point,
     /// Controller states are set.
     SetState,
@@ -101,6 +103,7 @@ impl Step {
             Self::Flush => "flush",
             Self::Compare => "compare",
             Self::ReadState => "read_state",
+            Self::Fence => "fence",
             Self::Record => "record",
             Self::Point => "point",
             Self::SetState => "set_state",
@@ -116,9 +119,10 @@ pub struct PolicyReport {
     pub identity: Identity,
     /// The seat's counts.
     pub stats: SeatStats,
-    /// cdq: blocks that entries named and the policy left out. copy: blocks that the host had to add. tracking: plans that
-    /// came too late.
+    /// cdq: blocks that entries named and the policy left out. copy: blocks that it did not order and the host added.
     pub omissions: u64,
+    /// Answers that came too late for the host to wait for: it went on without. That may be the machine's fault.
+    pub late: u64,
 }
 
 /// How it ended.

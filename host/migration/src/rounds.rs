@@ -7,7 +7,7 @@
 use crate::extents::Piece;
 use crate::hooks::{GuestSample, Owner, RecordPhase};
 use crate::media::{Media, since_ms};
-use crate::parts::Parts;
+use crate::parts::{Parts, has_hole};
 use crate::reason::Reason;
 use crate::relog::Relog;
 use crate::report::{ProgressView, Round};
@@ -76,6 +76,8 @@ pub(crate) struct Rounds {
     host_limit: u32,
     cut_at: Time,
     give_up_at: Option<Time>,
+    /// How often logging was found stopped although nobody had asked for that.
+    stops: u32,
     /// A record is written again, to see what the one of the switch-over will cost.
     probe: Option<Time>,
 }
@@ -113,6 +115,7 @@ impl Rounds {
             host_limit: 0,
             cut_at: now,
             give_up_at: None,
+            stops: 0,
             probe: None,
         }
     }
@@ -131,8 +134,14 @@ impl Rounds {
         if let Some(turn) = self.probed(parts, now) {
             return turn;
         }
-        let full = parts.taps.iter().any(|tap| tap.pump.as_ref().is_some_and(|pump| pump.marks().full));
-        if full && !matches!(self.stage, Stage::Relog(_)) {
+        if !matches!(self.stage, Stage::Relog(_)) && parts.taps.iter().any(has_hole) {
+            if !parts.taps.iter().any(|tap| tap.pump.as_ref().is_some_and(|pump| pump.marks().full)) {
+                // No queue is too small, so a larger one or a slower guest would not help: only how often counts.
+                self.stops += 1;
+                if self.stops > parts.config.limits.max_fills {
+                    return Turn::Back(Reason::Source(format!("logging was stopped {} times although nobody had asked for it", self.stops)));
+                }
+            }
             self.stage = Stage::Relog(Relog::new(false));
         }
         if !matches!(self.stage, Stage::Relog(_))
@@ -347,13 +356,16 @@ impl Rounds {
     /// What the copy policy has left out for too long is added by the host.
     fn add_left_out(&mut self, parts: &mut Parts) {
         parts.extents.by_order();
+        // A policy that has not answered yet has left nothing out.
+        let late = self.orders.spare.is_none();
+        parts.late_orders += u64::from(late);
         let mut cursor = (0, 0);
         while let Some((namespace, slba, blocks)) = parts.media.next_unpassed(&mut cursor) {
             let dirty = parts.media.namespaces()[namespace].dirty_within(slba, blocks);
             if !parts.extents.push(Piece { namespace, slba, blocks }) {
                 break;
             }
-            parts.added_blocks += dirty;
+            parts.added_blocks += if late { 0 } else { dirty };
         }
         self.idle = None;
     }

@@ -4,8 +4,8 @@ use crate::calls::{Calls, Data, words};
 use crate::mmc::{Answer, Mmc};
 use dray_device::poll::Time;
 use dray_nvme::command::{SequenceIndicator, SubmissionEntry};
-use dray_nvme::state::{ControllerState, ControllerStateHeader};
-use zerocopy::FromBytes;
+use dray_nvme::state::{ControllerState, ControllerStateHeader, IoCqState, encoded_bytes};
+use zerocopy::{FromBytes, IntoBytes};
 
 /// Most bytes of one controller's state.
 pub(crate) const MAX_STATE_BYTES: usize = 1 << 20;
@@ -58,6 +58,9 @@ impl ReadState {
             }
             Ok(total) => {
                 self.bytes.truncate(total);
+                if mmc.s0pt_is_next_phase() {
+                    turn_phases(&mut self.bytes);
+                }
                 Some(Ok(std::mem::take(&mut self.bytes)))
             }
         }
@@ -81,6 +84,22 @@ fn total(bytes: &[u8]) -> Result<usize, String> {
 /// CSATTR bit 0 of a state.
 pub(crate) fn is_suspended(bytes: &[u8]) -> bool {
     bytes.get(2).is_some_and(|csattr| csattr & 1 != 0)
+}
+
+/// Between S0PT as the specification has it and the tag that is written next, in both directions: they differ where the tail is
+/// 0 (Base 2.3 §5.2.17.1.3). Bytes that are no state are left as they are; who gets them refuses them.
+fn turn_phases(bytes: &mut [u8]) {
+    let Some(nvme) = ControllerState::parse(bytes).ok().and_then(|state| state.nvme) else { return };
+    let count = nvme.cqs().len();
+    let first = encoded_bytes(nvme.sqs().len(), 0, 0);
+    let Some(queues) = bytes.get_mut(first..) else { return };
+    for bytes in queues.chunks_exact_mut(size_of::<IoCqState>()).take(count) {
+        let Ok(mut cq) = IoCqState::read_from_bytes(bytes) else { continue };
+        if cq.tail == 0 {
+            cq.attr = cq.attr.with_s0pt(!cq.attr.s0pt());
+            bytes.copy_from_slice(cq.as_bytes());
+        }
+    }
 }
 
 /// Asks for the header of a controller's state only: is it suspended?
@@ -115,6 +134,9 @@ impl WriteState {
     /// `Some` when it has been set, or could not be.
     pub(crate) fn poll(&mut self, now: Time, mmc: &mut dyn Mmc) -> Option<Result<(), String>> {
         if self.calls.is_none() {
+            if self.sent == 0 && mmc.s0pt_is_next_phase() {
+                turn_phases(&mut self.bytes);
+            }
             self.send(mmc.admin_limit());
         }
         let calls = self.calls.as_mut()?;
@@ -148,5 +170,29 @@ impl WriteState {
         calls.push(entry, Data::Out(self.bytes[self.sent..self.sent + piece].to_vec()));
         self.sent += piece;
         self.calls = Some(calls);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dray_nvme::state::{IoCqAttr, IoSqState, encode};
+
+    #[test]
+    fn only_the_phase_of_queues_at_slot_0_is_turned_and_twice_is_never() {
+        let cq = |qid, tail| IoCqState { qsize: 7, qid, tail, attr: IoCqAttr::new().with_pc(true), ..IoCqState::default() };
+        let sq = |qid| IoSqState { qsize: 7, qid, cqid: qid, ..IoSqState::default() };
+        let mut bytes = vec![0; encoded_bytes(2, 3, 8)];
+        encode(true, &[sq(1), sq(2)], &[cq(1, 0), cq(2, 3), cq(3, 0)], &[1; 8], &mut bytes).expect("a state");
+        let before = bytes.clone();
+        turn_phases(&mut bytes);
+        let state = ControllerState::parse(&bytes).expect("a state");
+        let phases: Vec<_> = state.nvme.expect("queues").cqs().map(|cq| cq.attr.s0pt()).collect();
+        assert_eq!(phases, [true, false, true]);
+        turn_phases(&mut bytes);
+        assert_eq!(bytes, before);
+        for len in 0..before.len() {
+            turn_phases(&mut bytes[..len]);
+        }
     }
 }

@@ -1,18 +1,23 @@
 //! The switch-over, step by step, each timed. Every step that does not end as it must is undone: back to copying while attempts
 //! are left, else back altogether. Only when the destination has been told to resume is there a point of no return, and then
 //! what the destination's controllers say decides (rules 7, 9, 10).
+//!
+//! The hand-over is made in this order: the fence in memory, which no reset ends; behind it the question whether the source was
+//! suspended throughout; the durable "moved" record; the slots; the state; Resume. So the record never says "moved" while the
+//! source could still have taken a command that the destination has not got: whoever finds it after a crash may rely on it.
 
 use crate::calls::{Calls, words};
 use crate::copy::Purpose;
 use crate::hooks::{Owner, RecordPhase};
-use crate::open::{resume, suspend};
-use crate::parts::Parts;
+use crate::open::{resume, suspend, tracked};
+use crate::parts::{Parts, has_hole};
 use crate::reason::Reason;
 use crate::report::{ProgressView, Step};
 use crate::rounds::Rounds;
 use crate::state::{State, Turn};
 use crate::states::{ReadState, WriteState, ask_header, suspended};
 use crate::undo::Completing;
+use dray_device::planted::{self, Fault};
 use dray_device::poll::Time;
 
 /// A switch-over under way.
@@ -23,6 +28,8 @@ pub(crate) struct Switch {
     step: Step,
     entered: Time,
     suspended_at: Time,
+    /// This attempt has been counted, and nothing of the round before goes on.
+    prepared: bool,
     calls: Option<Calls>,
     flushing: bool,
     copied_before: u64,
@@ -32,6 +39,8 @@ pub(crate) struct Switch {
     confirm: Vec<Calls>,
     writes: Vec<WriteState>,
     asking: Option<Asking>,
+    /// The destination's fence is down.
+    admitted: bool,
     /// Since when, and why, controllers were asked before some of them were resumed again.
     asked: Option<(Time, String)>,
 }
@@ -59,6 +68,7 @@ impl Switch {
             step: Step::Prepare,
             entered: now,
             suspended_at: now,
+            prepared: false,
             calls: None,
             flushing: false,
             copied_before: 0,
@@ -67,6 +77,7 @@ impl Switch {
             confirm: Vec::new(),
             writes: Vec::new(),
             asking: None,
+            admitted: false,
             asked: None,
         }
     }
@@ -111,11 +122,12 @@ impl Switch {
     }
 
     fn advance(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
-        if matches!(self.step, Step::Drain | Step::LastRound | Step::Flush | Step::Compare | Step::ReadState)
-            && parts.taps.iter().any(|tap| tap.pump.as_ref().is_some_and(|pump| pump.marks().full))
+        if matches!(self.step, Step::Drain | Step::LastRound | Step::Flush | Step::Compare | Step::ReadState | Step::Fence)
+            && parts.taps.iter().any(has_hole)
         {
             parts.footing.hole = true;
-            return Err("a controller data queue was full".to_owned());
+            let full = parts.taps.iter().any(|tap| tap.pump.as_ref().is_some_and(|pump| pump.marks().full));
+            return Err(if full { "a controller data queue was full" } else { "logging was stopped" }.to_owned());
         }
         match self.step {
             Step::Prepare => self.prepare(parts, now),
@@ -125,8 +137,9 @@ impl Switch {
             Step::Flush => self.flush(parts),
             Step::Compare => self.compare(parts),
             Step::ReadState => self.read_state(parts, now),
+            Step::Fence => self.fence(parts, now),
             Step::Record => self.record(parts),
-            Step::Point => self.point(parts, now),
+            Step::Point => Ok(self.point(parts)),
             Step::SetState => self.set_state(parts, now),
             Step::Resume => self.resume(parts, now),
         }
@@ -135,11 +148,18 @@ impl Switch {
     /// The guest still runs: copies end, the destination flushes, its controllers are suspended (again).
     fn prepare(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
         parts.copying = false;
-        if self.calls.is_none() {
+        if !self.prepared {
+            self.prepared = true;
             parts.report.parts.clear();
             parts.report.attempts += 1;
             parts.extents.by_order();
             parts.engine.limit(now, 0);
+        }
+        if self.calls.is_none() {
+            // A command of an attempt before may still be under way: a state that it sets must not come after the new one.
+            if parts.destination.outstanding() > 0 {
+                return Ok(Gone::On);
+            }
             self.calls = Some(suspend(&parts.destinations()));
         }
         let ready = self.calls.as_mut().is_some_and(|calls| calls.poll(now, parts.destination.as_mut()));
@@ -196,7 +216,8 @@ impl Switch {
 
     /// Every queue shows its "last, suspended" mark and nothing behind it.
     fn drain(&mut self, parts: &mut Parts) -> Gone {
-        let marked = parts.taps.iter().all(|tap| tap.pump.as_ref().is_some_and(|pump| pump.marks().suspended));
+        let tracked = parts.taps.iter().take(tracked(parts.taps.len()));
+        let marked = parts.overlooks_entries() || tracked.into_iter().all(|tap| tap.pump.as_ref().is_some_and(|pump| pump.marks().suspended));
         if !marked || !(0..parts.taps.len()).all(|index| parts.is_drained(index)) {
             return Gone::On;
         }
@@ -276,33 +297,16 @@ impl Switch {
         if self.states.iter().any(Vec::is_empty) {
             return Ok(Gone::On);
         }
-        // All that rule 7 asks for, once more, before anything is handed over.
-        let clean = parts.media.is_clean() && parts.engine.in_flight() == 0;
-        let flushed = parts.engine.is_flushed() && parts.media.namespaces().iter().all(|n| n.unflushed().is_empty());
-        if !clean || !flushed {
-            return Err("blocks became dirty while the guest was suspended".to_owned());
-        }
-        parts.footing.moved = true;
-        parts.record(Owner::Destination, RecordPhase::Moved, true);
-        Ok(Gone::To(Step::Record))
+        Ok(Gone::To(Step::Fence))
     }
 
-    fn record(&mut self, parts: &mut Parts) -> Result<Gone, String> {
-        match parts.recorded() {
-            None => Ok(Gone::On),
-            Some(Ok(())) => Ok(Gone::To(Step::Point)),
-            Some(Err(error)) => Err(error.to_string()),
-        }
-    }
-
-    /// The fence, then the slots: the destination's controllers are suspended and fetch nothing yet. Suspension is no fence (rule
-    /// 9): only a source that is still suspended behind its fence has done nothing since its state was read.
-    fn point(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
+    /// The fence goes up in memory, then everything that rule 7 asks for is looked at behind it. Suspension is no fence (rule 9):
+    /// only a source that is still suspended behind its fence has done nothing since its state was read, and will do nothing.
+    fn fence(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
         if self.confirm.is_empty() {
-            parts.footing.pointed = true;
-            parts.hooks.fence.raise();
-            for cntlid in parts.sources() {
-                parts.hooks.slot.point_at_destination(cntlid);
+            parts.footing.fenced = true;
+            if !planted::on(Fault::SourceNotFenced) {
+                parts.hooks.fence.raise(Owner::Source);
             }
             self.confirm = parts.sources().iter().map(|&cntlid| ask_header(cntlid, parts.formats.source)).collect();
         }
@@ -317,11 +321,41 @@ impl Switch {
             parts.footing.hole = true;
             return Err("the source was not suspended throughout".to_owned());
         }
+        if !(0..parts.taps.len()).all(|index| parts.is_drained(index)) {
+            return Ok(Gone::On);
+        }
+        let clean = parts.media.is_clean() && parts.engine.in_flight() == 0;
+        let flushed = parts.engine.is_flushed() && parts.media.namespaces().iter().all(|n| n.unflushed().is_empty());
+        if !clean || !flushed {
+            return Err("blocks became dirty while the guest was suspended".to_owned());
+        }
+        Ok(Gone::To(Step::Record))
+    }
+
+    /// The "moved" record, flushed: from now on a restart finds the destination as the owner.
+    fn record(&mut self, parts: &mut Parts) -> Result<Gone, String> {
+        if !parts.footing.moved {
+            parts.footing.moved = true;
+            parts.record(Owner::Destination, RecordPhase::Moved, true);
+        }
+        match parts.recorded() {
+            None => Ok(Gone::On),
+            Some(Ok(())) => Ok(Gone::To(Step::Point)),
+            Some(Err(error)) => Err(error.to_string()),
+        }
+    }
+
+    /// The slots: the destination's controllers are suspended, and fetch nothing behind their fence even if a reset ends that.
+    fn point(&mut self, parts: &mut Parts) -> Gone {
+        parts.footing.pointed = true;
+        for cntlid in parts.sources() {
+            parts.hooks.slot.point_at_destination(cntlid);
+        }
         let format = parts.formats.destination;
         let states = std::mem::take(&mut self.states);
         self.writes =
             parts.destinations().iter().zip(states).map(|(&cntlid, state)| WriteState::new(cntlid, format, state)).collect();
-        Ok(Gone::To(Step::SetState))
+        Gone::To(Step::SetState)
     }
 
     fn set_state(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
@@ -344,13 +378,16 @@ impl Switch {
             let patient = now.us_since(asking.since) / 1000 < parts.config.limits.undo_ms;
             return match asking.poll(parts, now) {
                 Told::Nothing if patient => Ok(Gone::On),
-                Told::Nothing => Ok(Gone::Doubt(asking.why.clone())),
-                Told::AllActive => Ok(Gone::Over),
+                Told::Nothing => Ok(doubt(parts, &asking.why)),
+                Told::AllActive => {
+                    parts.hooks.fence.lower(Owner::Destination);
+                    Ok(Gone::Over)
+                }
                 Told::AllSuspended => {
                     parts.footing.resumed = false;
                     Err(asking.why.clone())
                 }
-                Told::Some(_) if !patient => Ok(Gone::Doubt(asking.why.clone())),
+                Told::Some(_) if !patient => Ok(doubt(parts, &asking.why)),
                 Told::Some(again) => {
                     self.calls = Some(resume(&again));
                     let (since, why) = (asking.since, asking.why.clone());
@@ -364,6 +401,11 @@ impl Switch {
             parts.footing.resumed = true;
             self.calls = Some(resume(&parts.destinations()));
         }
+        if !self.admitted {
+            // The record names the destination, and it has the state: from now on it may serve.
+            self.admitted = true;
+            parts.hooks.fence.lower(Owner::Destination);
+        }
         let Some(calls) = &mut self.calls else { return Ok(Gone::On) };
         if !calls.poll(now, parts.destination.as_mut()) {
             return Ok(Gone::On);
@@ -371,6 +413,9 @@ impl Switch {
         let Some(answer) = calls.failure() else { return Ok(Gone::Over) };
         let why = format!("Resume at the destination: {}", words(answer));
         let (since, why) = self.asked.take().unwrap_or((now, why));
+        // Behind the fence, so that the answer holds while it is acted on.
+        parts.hooks.fence.raise(Owner::Destination);
+        self.admitted = false;
         self.asking = Some(Asking { since, why, calls: Vec::new() });
         Ok(Gone::On)
     }
@@ -380,6 +425,12 @@ impl Switch {
         parts.report.downtime_us = Some(now.us_since(self.suspended_at));
         Turn::Next(State::Completing(Completing::new(parts, now)))
     }
+}
+
+/// Nobody knows whether the destination's controllers run. The record says that they are the ones that may.
+fn doubt(parts: &mut Parts, why: &str) -> Gone {
+    parts.hooks.fence.lower(Owner::Destination);
+    Gone::Doubt(why.to_owned())
 }
 
 /// What the destination's controllers said.

@@ -1,6 +1,6 @@
 //! The two ends: completing a move that has succeeded, and undoing one that has not.
 //!
-//! An undo takes back what [`Footing`](crate::parts::Footing) says, in the reverse order: the record first, then fence and slots,
+//! An undo takes back what [`Footing`](crate::parts::Footing) says, the record first if "moved" may be durable, then fence and slots,
 //! then the source is resumed (rules 9 and 10). It ends with the source serving, or says plainly that it could not.
 
 use crate::calls::{Calls, words};
@@ -13,6 +13,7 @@ use crate::reason::Reason;
 use crate::report::Outcome;
 use crate::rounds::Rounds;
 use crate::state::{State, Turn};
+use dray_device::planted::{self, Fault};
 use dray_device::poll::Time;
 use dray_nvme::status::Status;
 
@@ -96,8 +97,9 @@ impl Undoing {
         let late = now.us_since(self.since) / 1000 >= parts.config.limits.undo_ms;
         match &mut self.step {
             Step::Record { written } => {
-                if !parts.footing.moved {
-                    self.step = Step::Resume(None);
+                if !parts.footing.moved || planted::on(Fault::UndoneWithoutRecord) {
+                    parts.footing.moved = false;
+                    self.point_back(parts);
                 } else if !*written {
                     // One record at a time: how an earlier one ends no longer matters.
                     if !parts.writing || parts.recorded().is_some() {
@@ -128,7 +130,20 @@ impl Undoing {
             }
             Step::Unthrottle => {
                 parts.limit_guest(0);
-                if parts.settle_throttle(now) || late || parts.source.health() != Health::Ready {
+                let unthrottled = parts.settle_throttle(now) || parts.source.health() != Health::Ready;
+                // A write that lands after the end would come behind those of a later attempt (rule 2), and a state that is set
+                // then behind the state of a later one.
+                let copies_ended = parts.engine.may_write() == 0 && parts.destination.outstanding() == 0;
+                if late && !copies_ended {
+                    parts.destination.reset(now);
+                }
+                // A Track Send that comes late would switch off the log of a later attempt. Nothing is suspended here any more, so
+                // a reset of the source's management controller takes nothing from the guest.
+                let commands_ended = parts.source.outstanding() == 0;
+                if late && !commands_ended {
+                    parts.source.reset(now);
+                }
+                if unthrottled && copies_ended && commands_ended || late {
                     delete_queues(parts, now);
                     self.step = Step::Close { written: false };
                 }
@@ -154,12 +169,13 @@ impl Undoing {
     }
 
     fn point_back(&mut self, parts: &mut Parts) {
-        if parts.footing.pointed {
-            parts.hooks.fence.lower();
+        if std::mem::take(&mut parts.footing.fenced) {
+            parts.hooks.fence.lower(Owner::Source);
+        }
+        if std::mem::take(&mut parts.footing.pointed) {
             for cntlid in parts.sources() {
                 parts.hooks.slot.point_at_source(cntlid);
             }
-            parts.footing.pointed = false;
         }
         self.step = Step::Resume(None);
     }
@@ -220,7 +236,8 @@ impl Undoing {
         let hole = std::mem::take(&mut parts.footing.hole);
         for pump in parts.taps.iter_mut().filter_map(|tap| tap.pump.as_mut()) {
             pump.hurry(false);
-            if !pump.marks().full {
+            // A log that has ended is found out by the rounds, or nobody needs it any more.
+            if !pump.has_hole() {
                 pump.forget_marks();
             }
         }

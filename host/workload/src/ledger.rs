@@ -148,6 +148,25 @@ impl Ledger {
         Self::over(arena)
     }
 
+    /// Goes on with the ledger of a process that is gone, mapped and shared as [`create`](Self::create) does. The next number is
+    /// above every one that was ever issued: one that was recorded as issued the moment before a `kill -9` is not used again.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn resume(path: &Path) -> Result<Self, LedgerError> {
+        let file = File::options().read(true).write(true).open(path)?;
+        let len = file.metadata()?.len();
+        if len < PAGE as u64 || len > bytes(MAX_BLOCKS) as u64 || !len.is_multiple_of(PAGE as u64) {
+            return Err(LedgerError::BadFile("its length is not that of a ledger"));
+        }
+        let ledger = Self::over(Arena::map_file(&file, len as usize)?)?;
+        let issued = (0..ledger.blocks.len()).map(|index| ledger.issued(index)).max().unwrap_or(0);
+        if issued >= ledger.next_seq() {
+            ledger.arena.store64(header::NEXT_SEQ, issued + 1, Ordering::Release);
+        }
+        Ok(ledger)
+    }
+
     fn over(arena: Arc<Arena>) -> Result<Self, LedgerError> {
         let load = |at| arena.load64(at, Ordering::Acquire);
         if load(header::MAGIC) != MAGIC {
@@ -256,6 +275,18 @@ impl Ledger {
         self.arena.store64(header::SUSPEND_FLOOR, floor.unwrap_or(NONE), Ordering::Release);
     }
 
+    /// Makes sure of a suspend floor after a restart that found the destination as the owner, before any guest runs there. A
+    /// process that died between the durable record and [`set_suspend_floor`](Self::set_suspend_floor) never let the destination
+    /// run: every write that is acknowledged is at both sides, and what is not is what was outstanding when the source was
+    /// suspended, or was never told of. So the lowest number that is issued and not acknowledged is the floor.
+    pub fn recover_suspend_floor(&self) {
+        if self.suspend_floor().is_none() {
+            let open = (0..self.blocks.len()).map(|index| (self.acked(index), self.issued(index)));
+            let lowest = open.filter(|(acked, issued)| issued > acked).map(|(_, issued)| issued).min();
+            self.set_suspend_floor(Some(lowest.unwrap_or(u64::MAX).min(self.next_seq())));
+        }
+    }
+
     /// Number of the next write at the moment when the destination had resumed; `None` while it has not.
     #[must_use]
     pub fn resume_mark(&self) -> Option<u64> {
@@ -326,6 +357,40 @@ mod tests {
         assert_eq!((seen.suspend_floor(), seen.blocks()), (Some(2), &[90, 10, 50][..]));
         assert_eq!(seen.sorted(), [(10, 1), (50, 2), (90, 0)]);
         std::fs::remove_file(path).expect("cleaning up");
+    }
+
+    #[test]
+    fn a_ledger_goes_on_above_every_number_that_was_issued() {
+        let path = path("resumed");
+        let ledger = Ledger::create(&path, &spec()).expect("ledger");
+        for index in [0, 1, 2, 1] {
+            let seq = ledger.issue(index, |_| {});
+            ledger.acknowledge(index, seq);
+        }
+        ledger.issue(2, |_| {});
+        ledger.issue(0, |_| {});
+        // Killed after the number was recorded as issued and before the next one was.
+        ledger.arena.store64(header::NEXT_SEQ, 6, Ordering::Release);
+        drop(ledger);
+        let ledger = Ledger::resume(&path).expect("resumed");
+        assert_eq!((ledger.next_seq(), ledger.acknowledged()), (7, 4));
+        ledger.recover_suspend_floor();
+        assert_eq!(ledger.suspend_floor(), Some(5), "the lowest that is issued and not acknowledged");
+        ledger.set_suspend_floor(Some(3));
+        ledger.recover_suspend_floor();
+        assert_eq!(ledger.suspend_floor(), Some(3), "what was marked stays");
+        assert_eq!(ledger.issue(1, |_| {}), 7);
+        assert_eq!(Ledger::open(&path).expect("opened").issued(1), 7, "it is shared with the file");
+        std::fs::remove_file(path).expect("cleaning up");
+    }
+
+    #[test]
+    fn with_nothing_outstanding_the_floor_is_the_next_number() {
+        let ledger = Ledger::in_memory(&spec()).expect("ledger");
+        let seq = ledger.issue(1, |_| {});
+        ledger.acknowledge(1, seq);
+        ledger.recover_suspend_floor();
+        assert_eq!(ledger.suspend_floor(), Some(2));
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod cdq;
 mod check;
 mod demo;
 mod device;
+mod history;
 mod plugin;
 
 use crate::config::units::Size;
@@ -40,6 +41,13 @@ enum Command {
     /// Look at policy components
     #[command(subcommand)]
     Plugin(PluginCommand),
+    /// Show past migrations, and the namespaces as they were seen last
+    #[command(after_help = "Example: dray history --json")]
+    History {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Check configurations
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -48,6 +56,10 @@ enum Command {
 /// What the demo can be told.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct DemoArgs {
+    /// Carry on where the last demo was stopped (a kill, a power cut, Ctrl-C): the durable records say which side serves; a
+    /// migration that was cut short is closed, the guest goes on with its disk and its ledger
+    #[arg(long, conflicts_with_all = ["image", "size", "destination", "seed"])]
+    resume: bool,
     /// A raw image to move instead of the one the demo makes; it is copied first, never written
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
@@ -167,6 +179,7 @@ pub fn main() -> ExitCode {
         Command::Plugin(PluginCommand::Inspect { file, json }) => plugin::inspect(&file, json),
         Command::Plugin(PluginCommand::Check { file }) => plugin::check(&file),
         Command::Plugin(PluginCommand::Bench { file }) => plugin::bench(&file),
+        Command::History { json } => history::run(&cli.config, json),
         Command::Config(ConfigCommand::Check { file }) => check::run(&file),
     };
     match result {

@@ -5,4 +5,5 @@ pub mod jobs;
 pub mod reactor;
 pub mod records;
 pub mod seat;
+pub mod status;
 pub mod ticker;

@@ -3,17 +3,33 @@
 //! | written and flushed | before |
 //! |---|---|
 //! | owner = source, not fenced, phase copying | the first read of a migration |
-//! | owner = destination, fenced, phase moved | the source's fence is raised, the slot pointed away, the destination resumed |
+//! | owner = destination, fenced, phase moved, for every namespace of the set | the slot is pointed away, the destination resumed |
 //! | owner = source, not fenced, phase copying, once more | the fence is lowered by an undo, the source resumed |
 //! | owner = source, not fenced, phase undone | the migration is reported as undone |
 //! | owner = destination, fenced, phase done | the migration is reported as done |
+//! | at a start: the closing record of a migration that was cut short ([`dray_migration::recovery`]) | any controller may fetch, the next migration begins |
+//!
+//! The fence itself lives in memory and goes up before the "moved" record is written; a start puts it up again by the record,
+//! before the controllers behind it exist. A record names both ends by themselves ([`end_id`]), so that it says who serves
+//! whichever way the configuration moves next.
 //!
 //! A record is never overwritten in place: the slot with the older record takes the new one, so a torn write leaves the one
-//! before. Not here yet: a process that outlives a migration, finds a record at its start, and puts the fence up before it
-//! builds the controller. The demo makes new disks each time and takes no notice of the records of the last run.
+//! before. What the two slots can be: both zero, or the first torn and the second zero = nothing was ever recorded; one valid =
+//! that one; anything else is a [`RecordError`] that an operator has to see. A slot (4 KiB, little-endian):
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 7:0 | "DRAYREC" and the version, "2" |
+//! | 23:8 | NGUID |
+//! | 31:24 | sequence: records of this namespace so far, over all migrations |
+//! | 39:32, 47:40 | migration, epoch |
+//! | 48, 49, 50 | owner (1 = destination), phase, fenced |
+//! | 79:64, 95:80 | names of source and destination |
+//! | 4095:4064 | SHA-256 of all bytes before; in every version |
 
+use dray_device::planted::{self, Fault};
 use dray_device::poll::{Jobs, Pending};
-use dray_migration::{Journal, JournalError, Owner, Record, RecordPhase};
+use dray_migration::{EndId, Journal, JournalError, Owner, Record, RecordPhase};
 use rustix::fs::{Mode, OFlags};
 use std::fs;
 use std::io;
@@ -21,8 +37,47 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-const SLOT_BYTES: usize = 4096;
-const MAGIC: [u8; 8] = *b"DRAYREC1";
+/// Bytes of a slot.
+pub const SLOT_BYTES: usize = 4096;
+/// Where the checksum begins.
+const SUM: usize = SLOT_BYTES - 32;
+const MAGIC: [u8; 7] = *b"DRAYREC";
+const VERSION: u8 = b'2';
+
+/// Why the record of a namespace is not known. Never taken for a namespace that has none.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The medium.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// Neither slot holds a record, and they are not new.
+    #[error("both slots are damaged: nobody knows who serves the namespace")]
+    Damaged,
+    /// Written by another version of Dray.
+    #[error("written in format \"{}\", and this version of dray reads \"{}\"", found.escape_ascii(), VERSION.escape_ascii())]
+    Version {
+        /// The version found.
+        found: u8,
+    },
+    /// The record of another namespace.
+    #[error("it is the record of the namespace with NGUID {nguid:032x}")]
+    OtherNamespace {
+        /// Whose it is.
+        nguid: u128,
+    },
+    /// The file is neither new nor a pair of slots.
+    #[error("the file has {0} bytes, which is not the length of a record")]
+    Length(u64),
+}
+
+/// The name of a subsystem in records: from its name in the configuration and its NQN.
+#[must_use]
+pub fn end_id(name: &str, nqn: &str) -> EndId {
+    let sum = checksum(format!("{name}\0{nqn}").as_bytes());
+    let mut id = EndId::default();
+    id.copy_from_slice(&sum[..16]);
+    id
+}
 
 /// A record as it lies in a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,10 +88,22 @@ pub struct Stored {
     pub record: Record,
 }
 
+/// What is in a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reading {
+    Zero,
+    Whole(Stored),
+    /// Torn, or rotten.
+    Broken,
+    Version(u8),
+    Other(u128),
+}
+
 impl Stored {
     fn encode(&self, nguid: &[u8; 16]) -> [u8; SLOT_BYTES] {
         let mut slot = [0; SLOT_BYTES];
-        slot[..8].copy_from_slice(&MAGIC);
+        slot[..7].copy_from_slice(&MAGIC);
+        slot[7] = VERSION;
         slot[8..24].copy_from_slice(nguid);
         slot[24..32].copy_from_slice(&self.sequence.to_le_bytes());
         slot[32..40].copy_from_slice(&self.record.migration.to_le_bytes());
@@ -44,25 +111,47 @@ impl Stored {
         slot[48] = u8::from(self.record.owner == Owner::Destination);
         slot[49] = self.record.phase as u8;
         slot[50] = u8::from(self.record.fenced);
-        let sum = checksum(&slot[..64]);
-        slot[64..96].copy_from_slice(&sum);
+        slot[64..80].copy_from_slice(&self.record.from);
+        slot[80..96].copy_from_slice(&self.record.to);
+        let sum = checksum(&slot[..SUM]);
+        slot[SUM..].copy_from_slice(&sum);
         slot
     }
 
-    fn decode(slot: &[u8; SLOT_BYTES], nguid: &[u8; 16]) -> Option<Self> {
-        if slot[..8] != MAGIC || slot[8..24] != nguid[..] || slot[64..96] != checksum(&slot[..64]) {
-            return None;
-        }
+    fn decode(slot: &[u8; SLOT_BYTES]) -> Option<Self> {
         let word = |at: usize| slot[at..at + 8].try_into().map(u64::from_le_bytes).unwrap_or(0);
+        let name = |at: usize| slot[at..at + 16].try_into().unwrap_or_default();
         let phases = [RecordPhase::Copying, RecordPhase::Moved, RecordPhase::Done, RecordPhase::Undone];
         let record = Record {
             migration: word(32),
+            from: name(64),
+            to: name(80),
             epoch: word(40),
             owner: if slot[48] == 0 { Owner::Source } else { Owner::Destination },
             phase: *phases.get(usize::from(slot[49]))?,
             fenced: slot[50] != 0,
         };
         Some(Self { sequence: word(24), record })
+    }
+}
+
+impl Reading {
+    fn of(slot: &[u8; SLOT_BYTES], nguid: &[u8; 16]) -> Self {
+        if slot.iter().all(|byte| *byte == 0) {
+            return Self::Zero;
+        }
+        let whole = slot[SUM..] == checksum(&slot[..SUM]);
+        // The first version had its checksum elsewhere.
+        if slot[..7] == MAGIC && slot[7] != VERSION && (whole || slot[64..96] == checksum(&slot[..64])) {
+            return Self::Version(slot[7]);
+        }
+        if slot[..7] != MAGIC || !whole {
+            return Self::Broken;
+        }
+        if slot[8..24] != nguid[..] {
+            return Self::Other(slot[8..24].try_into().map(u128::from_be_bytes).unwrap_or(0));
+        }
+        Stored::decode(slot).map_or(Self::Broken, Self::Whole)
     }
 }
 
@@ -100,23 +189,29 @@ impl FileMedium {
     /// Opens or creates the file of a namespace in `folder`; a new one is durable in its folder when this returns.
     ///
     /// # Errors
-    /// The filesystem's.
-    pub fn open(folder: &Path, nguid: &[u8; 16]) -> io::Result<Self> {
+    /// [`RecordError::Length`] when it is no pair of slots, [`RecordError::Io`].
+    pub fn open(folder: &Path, nguid: &[u8; 16]) -> Result<Self, RecordError> {
         fs::create_dir_all(folder)?;
         let path = Self::path(folder, nguid);
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
-        let file = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)?;
-        if rustix::fs::fstat(&file)?.st_size != 2 * SLOT_BYTES as i64 {
-            rustix::fs::ftruncate(&file, 0)?;
+        let file = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR).map_err(io::Error::from)?;
+        let len = fs::metadata(&path)?.len();
+        if len != 2 * SLOT_BYTES as u64 {
+            // Cut short while it was made: it holds nothing yet. Anything else may have been a record.
+            if len > 2 * SLOT_BYTES as u64 || fs::read(&path)?.iter().any(|byte| *byte != 0) {
+                return Err(RecordError::Length(len));
+            }
             // Zeroes are written, not left as a hole, so that a later record changes no metadata and flushes quickly.
             write_all_at(&file, &[0; 2 * SLOT_BYTES], 0)?;
-            rustix::fs::fsync(&file)?;
+            rustix::fs::fsync(&file).map_err(io::Error::from)?;
             fs::File::open(folder)?.sync_all()?;
         }
         Ok(Self { file })
     }
 
-    fn path(folder: &Path, nguid: &[u8; 16]) -> PathBuf {
+    /// Where the file of a namespace is.
+    #[must_use]
+    pub fn path(folder: &Path, nguid: &[u8; 16]) -> PathBuf {
         folder.join(format!("{:032x}.record", u128::from_be_bytes(*nguid)))
     }
 }
@@ -166,21 +261,44 @@ pub struct RecordStore<M> {
 }
 
 impl<M: SlotMedium> RecordStore<M> {
-    /// Reads the newest valid record; slots that hold none (new, or torn) are passed over.
+    /// Reads the newest valid record. A torn slot beside a valid one is passed over, and is the next to be written.
+    ///
+    /// What is read may be in the kernel's cache alone: a process that was killed, or whose flush failed, has left it there. Who
+    /// relied on it would serve, and the next power cut would take the record back; and the next record, in the other slot, could
+    /// be torn together with it. So it is written again, as it is, and flushed, before anybody hears of it. Written again and not
+    /// only flushed, since a flush after one that failed may succeed without the data.
     ///
     /// # Errors
-    /// The medium's.
-    pub fn open(mut medium: M, nguid: [u8; 16]) -> io::Result<Self> {
-        let mut newest: Option<(usize, Stored)> = None;
-        for slot in 0..2 {
-            if let Some(stored) = Stored::decode(&medium.read(slot)?, &nguid)
-                && newest.is_none_or(|(_, other)| stored.sequence > other.sequence)
-            {
-                newest = Some((slot, stored));
+    /// [`RecordError`]: the slots are neither new nor hold a record of this namespace that this version reads, or it cannot be made
+    /// durable.
+    pub fn open(mut medium: M, nguid: [u8; 16]) -> Result<Self, RecordError> {
+        let slots = [medium.read(0)?, medium.read(1)?];
+        let readings = slots.each_ref().map(|slot| Reading::of(slot, &nguid));
+        for reading in readings {
+            match reading {
+                Reading::Version(found) => return Err(RecordError::Version { found }),
+                Reading::Other(nguid) => return Err(RecordError::OtherNamespace { nguid }),
+                _ => {}
             }
         }
-        let (slot, current) = newest.map_or((1, None), |(slot, stored)| (slot, Some(stored)));
+        let (slot, current) = match readings {
+            [Reading::Whole(first), Reading::Whole(second)] if first.sequence > second.sequence => (0, Some(first)),
+            [_, Reading::Whole(second)] => (1, Some(second)),
+            [Reading::Whole(first), _] => (0, Some(first)),
+            // The first record goes to the first slot: torn, it leaves the second as new as it was.
+            [_, Reading::Zero] => (1, None),
+            _ => return Err(RecordError::Damaged),
+        };
+        if current.is_some() {
+            medium.write(slot, &slots[slot])?;
+            medium.flush()?;
+        }
         Ok(Self { medium, nguid, current, slot })
+    }
+
+    /// The medium.
+    pub fn medium(&self) -> &M {
+        &self.medium
     }
 
     /// The newest record; `None` for a namespace that nobody has moved.
@@ -198,7 +316,9 @@ impl<M: SlotMedium> RecordStore<M> {
         let stored = Stored { sequence: self.current.map_or(1, |c| c.sequence + 1), record };
         let slot = 1 - self.slot;
         self.medium.write(slot, &stored.encode(&self.nguid))?;
-        self.medium.flush()?;
+        if !planted::on(Fault::RecordNotFlushed) {
+            self.medium.flush()?;
+        }
         (self.slot, self.current) = (slot, Some(stored));
         Ok(stored)
     }
@@ -276,7 +396,7 @@ mod tests {
     fn record(phase: RecordPhase) -> Record {
         let moved = matches!(phase, RecordPhase::Moved | RecordPhase::Done);
         let owner = if moved { Owner::Destination } else { Owner::Source };
-        Record { migration: 9, epoch: 1, owner, phase, fenced: moved }
+        Record { migration: 9, from: end_id("a", "nqn"), to: end_id("b", "nqn"), epoch: 1, owner, phase, fenced: moved }
     }
 
     #[test]
@@ -291,17 +411,123 @@ mod tests {
         }
     }
 
+    /// Reads what was written, as a kernel's cache does, and fails flushes where it is told to.
+    #[derive(Clone)]
+    struct Cached {
+        memory: Memory,
+        failing: u32,
+    }
+
+    impl SlotMedium for Cached {
+        fn read(&mut self, slot: usize) -> io::Result<[u8; SLOT_BYTES]> {
+            Ok(self.memory.written[slot])
+        }
+        fn write(&mut self, slot: usize, bytes: &[u8; SLOT_BYTES]) -> io::Result<()> {
+            self.memory.write(slot, bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            if self.failing > 0 {
+                self.failing -= 1;
+                return Err(io::Error::other("no flush"));
+            }
+            self.memory.flush()
+        }
+    }
+
+    #[test]
+    fn a_record_that_is_found_is_durable_before_anybody_relies_on_it() {
+        let mut store = RecordStore::open(Cached { memory: Memory::new(), failing: 1 }, NGUID).expect("open");
+        store.write(record(RecordPhase::Copying)).expect_err("the flush fails");
+        // The process ends here; the next one finds what the kernel has kept.
+        let again = RecordStore::open(store.medium.clone(), NGUID).expect("open");
+        let found = again.current().expect("a record");
+        let after_a_power_cut = RecordStore::open(again.medium.memory.clone(), NGUID).expect("open");
+        assert_eq!(after_a_power_cut.current(), Some(found));
+        let fails = Cached { failing: 1, ..store.medium.clone() };
+        assert!(matches!(RecordStore::open(fails, NGUID), Err(RecordError::Io(_))));
+    }
+
     #[test]
     fn a_torn_write_leaves_the_record_before() {
         let mut store = RecordStore::open(Memory::new(), NGUID).expect("open");
         let kept = store.write(record(RecordPhase::Copying)).expect("write");
         let torn_slot = 1 - store.slot;
         store.write(record(RecordPhase::Moved)).expect("write");
-        for byte in [0, 9, 24, 40, 48, 50, 63, 64, 95] {
+        for byte in [0, 7, 9, 24, 40, 48, 50, 64, 95, 1000, SUM, SLOT_BYTES - 1] {
             let mut medium = store.medium.clone();
             medium.durable[torn_slot][byte] ^= 1;
             assert_eq!(RecordStore::open(medium, NGUID).expect("open").current(), Some(kept), "byte {byte}");
         }
+    }
+
+    /// A medium with a record in each slot, the newer one in slot 1.
+    fn two() -> (Memory, Stored, Stored) {
+        let mut store = RecordStore::open(Memory::new(), NGUID).expect("open");
+        let older = store.write(record(RecordPhase::Copying)).expect("write");
+        let newer = store.write(record(RecordPhase::Moved)).expect("write");
+        assert_eq!(store.slot, 1);
+        (store.medium, older, newer)
+    }
+
+    #[test]
+    fn damage_is_never_taken_for_a_new_namespace() {
+        let (whole, older, newer) = two();
+        let (zero, mut broken) = ([0; SLOT_BYTES], whole.durable[0]);
+        broken[100] = 1;
+        let open = |first, second| {
+            let medium = Memory { durable: [first, second], ..whole.clone() };
+            RecordStore::open(medium, NGUID).map(|store| store.current())
+        };
+        let [one, two] = whole.durable;
+        assert_eq!(open(one, two).expect("both"), Some(newer));
+        assert_eq!(open(two, one).expect("either way"), Some(newer));
+        for other in [zero, broken] {
+            assert_eq!(open(one, other).expect("the first"), Some(older));
+            assert_eq!(open(other, two).expect("the second"), Some(newer));
+            assert_eq!(open(other, zero).expect("new, or torn as the first record was written"), None);
+            assert!(matches!(open(other, broken), Err(RecordError::Damaged)));
+        }
+    }
+
+    #[test]
+    fn what_another_version_wrote_is_refused_plainly() {
+        let (whole, ..) = two();
+        let mut later = whole.durable[0];
+        later[7] = b'3';
+        let sum = checksum(&later[..SUM]);
+        later[SUM..].copy_from_slice(&sum);
+        let mut first = [0; SLOT_BYTES];
+        first[..8].copy_from_slice(b"DRAYREC1");
+        let sum = checksum(&first[..64]);
+        first[64..96].copy_from_slice(&sum);
+        for (foreign, version) in [(later, b'3'), (first, b'1')] {
+            for other in [[0; SLOT_BYTES], whole.durable[1]] {
+                let medium = Memory { durable: [foreign, other], ..whole.clone() };
+                let error = RecordStore::open(medium, NGUID).err();
+                assert!(matches!(error, Some(RecordError::Version { found }) if found == version), "{error:?}");
+            }
+        }
+        let other = RecordStore::open(whole, [8; 16]).err();
+        assert!(matches!(other, Some(RecordError::OtherNamespace { .. })), "{other:?}");
+    }
+
+    #[test]
+    fn the_sequence_goes_on_over_a_restart() {
+        let (medium, _, newer) = two();
+        let stored = RecordStore::open(medium, NGUID).expect("open").write(record(RecordPhase::Done)).expect("write");
+        assert_eq!((stored.sequence, newer.sequence), (3, 2));
+    }
+
+    #[test]
+    fn a_file_of_a_wrong_length_is_no_record() {
+        let folder = std::env::temp_dir().join(format!("dray-record-length-{}", std::process::id()));
+        fs::create_dir_all(&folder).expect("folder");
+        let path = FileMedium::path(&folder, &NGUID);
+        for (bytes, good) in [(vec![0; 100], true), (vec![1; 100], false), (vec![0; 3 * SLOT_BYTES], false)] {
+            fs::write(&path, &bytes).expect("file");
+            assert_eq!(FileMedium::open(&folder, &NGUID).is_ok(), good, "{} bytes", bytes.len());
+        }
+        fs::remove_dir_all(&folder).expect("clean up");
     }
 
     #[test]

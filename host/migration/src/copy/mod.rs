@@ -20,6 +20,7 @@ use crate::media::Media;
 use crate::rate::{RateMeter, TokenBucket};
 use dray_device::command::{CommandQueue, Completion, SubmitError};
 use dray_device::memory::{Arena, DmaBuffer, PAGE, Pages};
+use dray_device::planted::{self, Fault};
 use dray_device::poll::Time;
 use dray_device::space::{AddressSpace, MappedBuffer};
 use dray_nvme::command::SubmissionEntry;
@@ -160,7 +161,14 @@ impl Engine {
         self.slots.len() - self.free.len()
     }
 
-    /// Blocks of those.
+    /// Of those, the ones that may still write at the destination: all but reads that a lost source has left behind.
+    #[must_use]
+    pub fn may_write(&self) -> usize {
+        let lost_read = |slot: &Slot| slot.stage == Stage::Held && slot.submitted == Time(0);
+        self.slots.iter().filter(|slot| slot.stage != Stage::Free && !lost_read(slot)).count()
+    }
+
+    /// Blocks of those in flight.
     #[must_use]
     pub fn in_flight_blocks(&self) -> u64 {
         self.slots.iter().filter(|slot| slot.stage != Stage::Free).map(|slot| slot.piece.blocks).sum()
@@ -280,6 +288,13 @@ impl Engine {
         } else if completion.status.is_error() {
             self.failed(index, completion.status, "read", media);
         } else {
+            let piece = self.slots[index].piece;
+            if let Some(namespace) = media.namespace(piece.namespace)
+                && planted::on(Fault::ClearAfterRead)
+                && self.purpose == Purpose::Copy
+            {
+                namespace.take(piece.slba, piece.blocks);
+            }
             self.slots[index].stage = Stage::Read;
             self.ready.push_back(index as u16);
         }
@@ -347,7 +362,9 @@ impl Engine {
 
     fn dirty_again(&mut self, index: usize, media: &mut Media) {
         let piece = self.slots[index].piece;
-        if let Some(namespace) = media.namespace(piece.namespace) {
+        if let Some(namespace) = media.namespace(piece.namespace)
+            && !planted::on(Fault::DirtyNotRestored)
+        {
             namespace.mark_again(piece.slba, piece.blocks);
         }
     }
@@ -359,8 +376,8 @@ impl Engine {
         }
         let attempts = self.config.attempts;
         let slot = &mut self.slots[index];
-        slot.attempts += 1;
-        if slot.attempts < attempts && !slot.marking {
+        slot.attempts = slot.attempts.saturating_add(1);
+        if (slot.attempts < attempts || planted::on(Fault::RetriedForEver)) && !slot.marking {
             self.stats.retries += 1;
             return self.again(index);
         }
@@ -400,7 +417,9 @@ impl Engine {
             }
         }
         for index in 0..media.namespaces().len() {
-            if let Some(namespace) = media.namespace(index) {
+            if let Some(namespace) = media.namespace(index)
+                && !planted::on(Fault::UnflushedNotMerged)
+            {
                 namespace.merge_unflushed();
             }
         }
@@ -465,11 +484,17 @@ impl Engine {
 
     fn start(&mut self, now: Time, media: &mut Media, extents: &mut Extents) -> u32 {
         let (mut work, mut budget) = (0, POLL_BYTES as u64);
+        // A queue that takes nothing while nothing is under way has died idle (its controller was reset): no command will say so.
+        if self.source.free() == 0 && self.in_flight() == 0 {
+            self.error.get_or_insert(CopyError::SourceDead);
+            return 0;
+        }
         while budget > 0 && self.source.free() > 0 && self.bucket.may_start(now) {
             let Some(&index) = self.free.last() else { break };
             let slots = &self.slots;
             let busy = |piece: &Piece| {
-                let held = slots.iter().filter(|slot| slot.stage != Stage::Free && slot.piece.overlaps(piece));
+                let held = |slot: &&Slot| slot.stage != Stage::Free && slot.piece.overlaps(piece);
+                let held = slots.iter().filter(|slot| held(slot) && !planted::on(Fault::TwoCopiesInFlight));
                 held.map(|slot| slot.piece).min_by_key(|piece| piece.slba)
             };
             let Some(piece) = extents.next(media, self.config.transfer_bytes, &busy) else { break };
@@ -495,7 +520,7 @@ impl Engine {
         let namespace = media.namespace(piece.namespace).ok_or(SubmitError::BadData)?;
         let blocks = u32::try_from(piece.blocks).map_err(|_| SubmitError::BadData)?;
         // Blocks of the piece that were copied one by one may have been dirtied again: those bits stay.
-        let take = self.purpose == Purpose::Copy && !slot.is_past_first();
+        let take = self.purpose == Purpose::Copy && !slot.is_past_first() && !planted::on(Fault::ClearAfterRead);
         let cleared = take && namespace.take(slot.piece.slba, slot.piece.blocks) > 0;
         let entry = SubmissionEntry::read(namespace.geometry.source, piece.slba, blocks);
         let data = self.memory.buffer().part(index * self.config.transfer_bytes, bytes).ok_or(SubmitError::BadData)?;
@@ -522,7 +547,8 @@ impl Engine {
         let limits = self.destination.limits();
         let zero = self.purpose == Purpose::Copy && data.arena().is_zero(data.offset(), bytes);
         let nsid = namespace.geometry.destination;
-        if zero && namespace.untouched(piece.slba, piece.blocks) && self.destination.reads_zero_proved(nsid) {
+        let proved = namespace.untouched(piece.slba, piece.blocks) && self.destination.reads_zero_proved(nsid);
+        if zero && (proved || planted::on(Fault::ZeroesSkipped)) {
             self.slots[index].zero = true;
             self.stats.skipped += bytes as u64;
             self.part_done(index, media);
@@ -571,6 +597,10 @@ impl Engine {
     fn flush_some(&mut self, now: Time, media: &mut Media) -> u32 {
         match self.flushing {
             Flushing::No => 0,
+            Flushing::Submitting { .. } if planted::on(Fault::CleanBeforeFlushed) => {
+                self.flushing = Flushing::Clearing;
+                1
+            }
             Flushing::Submitting { next, open } => {
                 let Some(namespace) = media.namespaces().get(next) else {
                     if open == 0 {

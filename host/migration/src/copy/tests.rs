@@ -106,3 +106,14 @@ fn zeroes_are_left_out_only_where_they_are_proved() {
     assert_eq!(engine.stats().skipped, skipped, "written meanwhile: the zeroes go out");
     assert!(destination.lock().media.iter().all(|&byte| byte == 0));
 }
+
+/// A queue that died before its first command has nothing to give back: the engine says so all the same.
+#[test]
+fn a_source_that_died_idle_is_noticed() {
+    let (source, _, mut engine, mut media, mut extents) = engine(0, 0);
+    media.plan(&[]);
+    extents.sweep();
+    source.lock().queue_epoch += 1;
+    engine.poll(Time(1), &mut media, Some(&mut extents));
+    assert_eq!(engine.error(), Some(CopyError::SourceDead));
+}

@@ -42,6 +42,8 @@ pub struct Inner {
     pub fail_reads: u32,
     pub fail_writes: u32,
     pub swallow_writes: u32,
+    /// Times that suspension ends when the fence goes up.
+    pub wakes_at_fence: u32,
     pub overlaps: u32,
     pub health: Health,
     pub trust: Trust,
@@ -51,6 +53,9 @@ pub struct Inner {
     pub notices: VecDeque<Notice>,
     pub refuse: BTreeMap<u8, Status>,
     pub unknown_resume: Option<bool>,
+    /// Opcodes of admin commands that are taken but not executed yet.
+    pub slow: BTreeSet<u8>,
+    pub slow_now: Vec<(u64, SubmissionEntry)>,
     pub no_csup: bool,
     pub under_way: Vec<(u64, Command, bool)>,
     pub delay: u64,
@@ -94,6 +99,7 @@ impl Drive {
             fail_reads: 0,
             fail_writes: 0,
             swallow_writes: 0,
+            wakes_at_fence: 0,
             overlaps: 0,
             health: Health::Ready,
             trust: Trust::Tested,
@@ -103,6 +109,8 @@ impl Drive {
             notices: VecDeque::new(),
             refuse: BTreeMap::new(),
             unknown_resume: None,
+            slow: BTreeSet::new(),
+            slow_now: Vec::new(),
             no_csup: false,
             under_way: Vec::new(),
             delay: 0,
@@ -127,6 +135,23 @@ impl Drive {
         inner.media[from..to].fill(byte);
         inner.post(cntlid, UdmqEntry::range(1, slba, blocks as u32 - 1, false), false);
         true
+    }
+}
+
+impl Drive {
+    /// What was slow is executed at last.
+    pub fn catch_up(&self) {
+        let mut inner = self.lock();
+        inner.slow.clear();
+        for (ticket, entry) in std::mem::take(&mut inner.slow_now) {
+            let answer = inner.admin(&entry, AdminData::None);
+            inner.answers.insert(ticket, answer);
+        }
+    }
+
+    /// Logging stops as by a Track Send that nobody of this migration has sent.
+    pub fn stop_logging(&self, cntlid: u16) {
+        let _answer = self.lock().admin(&SubmissionEntry::track_send_log(false, cntlid), AdminData::None);
     }
 }
 
@@ -240,6 +265,7 @@ impl Inner {
         self.generation += 1;
         self.queue_epoch += 1;
         self.health = Health::Ready;
+        self.slow_now.clear();
         self.media = self.stable.clone();
         self.say("reset".to_owned());
         for controller in self.controllers.values_mut() {
@@ -307,7 +333,8 @@ impl CommandQueue for FakeQueue {
     }
 
     fn free(&self) -> usize {
-        32 - self.drive.lock().under_way.len().min(32)
+        let inner = self.drive.lock();
+        if self.epoch == inner.queue_epoch { 32 - inner.under_way.len().min(32) } else { 0 }
     }
 
     fn submit(&mut self, now: Time, entry: &SubmissionEntry, data: &[Segment<'_>], tag: u64) -> Result<(), SubmitError> {
@@ -408,14 +435,21 @@ impl Mmc for FakeMmc {
     }
     fn request(&mut self, _: Time, entry: &SubmissionEntry, data: AdminData<'_>) -> Result<u64, SubmitError> {
         let mut inner = self.drive.lock();
-        let answer = inner.admin(entry, data);
         inner.tickets += 1;
         let ticket = inner.tickets;
+        if inner.slow.contains(&entry.cdw0.opcode()) {
+            inner.slow_now.push((ticket, *entry));
+            return Ok(ticket);
+        }
+        let answer = inner.admin(entry, data);
         inner.answers.insert(ticket, answer);
         Ok(ticket)
     }
     fn answer(&mut self, ticket: u64) -> Option<Answer> {
         self.drive.lock().answers.remove(&ticket)
+    }
+    fn outstanding(&self) -> usize {
+        self.drive.lock().slow_now.len()
     }
     fn next_notice(&mut self) -> Option<Notice> {
         self.drive.lock().notices.pop_front()

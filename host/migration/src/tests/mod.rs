@@ -1,11 +1,12 @@
 //! Whole migrations between two fakes, under a made-up clock: the rules of the way of the data, a test each.
 
 pub(crate) mod fake;
+mod holes;
 mod rules;
 mod ways_back;
 
 use crate::destination::{LocalDestination, LocalFeatures};
-use crate::hooks::{FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Journal, JournalError, Record};
+use crate::hooks::{Owner, FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Journal, JournalError, Record};
 use crate::parts::Policies;
 use crate::{Ingredients, Migration, MigrationConfig, Outcome, Phase};
 use dray_device::poll::{Poll, Time};
@@ -78,12 +79,23 @@ impl GuestSlot for Hook {
     }
 }
 
-impl FenceControl for Hook {
-    fn raise(&mut self) {
+struct FenceHook(Log, Drive);
+
+impl FenceControl for FenceHook {
+    fn raise(&mut self, end: Owner) {
+        if end == Owner::Destination {
+            return self.0.lock().expect("log").push("destination fenced".into());
+        }
         self.0.lock().expect("log").push("fence up".into());
+        let mut source = self.1.lock();
+        if source.wakes_at_fence > 0 {
+            source.wakes_at_fence -= 1;
+            source.controllers.values_mut().for_each(|controller| controller.suspended = false);
+        }
     }
-    fn lower(&mut self) {
-        self.0.lock().expect("log").push("fence down".into());
+    fn lower(&mut self, end: Owner) {
+        let what = if end == Owner::Destination { "destination admitted" } else { "fence down" };
+        self.0.lock().expect("log").push(what.into());
     }
 }
 
@@ -119,6 +131,10 @@ fn config() -> MigrationConfig {
 
 impl World {
     fn new(config: MigrationConfig, prepare: impl FnOnce(&Drive, &Drive)) -> Self {
+        Self::with(config, prepare, seat::<Cdq>())
+    }
+
+    fn with(config: MigrationConfig, prepare: impl FnOnce(&Drive, &Drive), cdq: Box<dyn Seat<Cdq>>) -> Self {
         let log = Log::default();
         let source = Drive::new("s", 0, &[SOURCE, 2], BLOCKS, &log);
         let destination = Drive::new("d", 10, &[DESTINATION, 12], BLOCKS, &log);
@@ -139,11 +155,11 @@ impl World {
             source_space: space,
             destination: Box::new(FakeMmc { drive: destination.clone() }),
             media: Box::new(LocalDestination::new(Box::new(FakeQueue::new(&destination)), AddressSpace::default(), features)),
-            policies: Policies { cdq: vec![seat::<Cdq>()], tracking: seat::<Tracking>(), copy: seat::<Copy>() },
+            policies: Policies { cdq: vec![cdq], tracking: seat::<Tracking>(), copy: seat::<Copy>() },
             hooks: Hooks {
                 slot: Box::new(Hook(Arc::clone(&log))),
                 journal: Box::new(paper.clone()),
-                fence: Box::new(Hook(Arc::clone(&log))),
+                fence: Box::new(FenceHook(Arc::clone(&log), source.clone())),
                 guest: Box::new(Hook(Arc::clone(&log))),
             },
         };

@@ -19,6 +19,7 @@ fn a_namespace_moves_while_its_guest_writes() {
         Step::LastRound,
         Step::Flush,
         Step::ReadState,
+        Step::Fence,
         Step::Record,
         Step::Point,
         Step::SetState,
@@ -194,13 +195,28 @@ fn rule_8_a_queue_that_cannot_be_large_enough_ends_the_migration() {
 }
 
 #[test]
-fn rule_9_the_record_is_durable_before_fence_slots_and_resume() {
+fn rule_9_the_fence_is_up_before_the_record_and_the_record_durable_before_slots_and_resume() {
     let mut world = World::new(config(), |_, _| {});
     assert_eq!(world.run(), Outcome::Moved);
     let log = world.log.lock().expect("log").clone();
     let at = |what: &str| log.iter().position(|line| line == what).unwrap_or_else(|| panic!("{what}: {log:?}"));
-    let order = ["s suspend 1", "record Destination Moved", "fence up", "point destination", "d set state 11", "d resume 11"];
+    let order = ["s suspend 1", "fence up", "record Destination Moved", "point destination", "d set state 11", "d resume 11"];
     assert!(order.windows(2).all(|pair| at(pair[0]) < at(pair[1])), "{log:?}");
+}
+
+#[test]
+fn rule_9_a_source_that_did_not_stay_suspended_up_to_its_fence_is_not_given_up() {
+    let mut world = World::new(config(), |s, _| s.lock().wakes_at_fence = 1);
+    assert_eq!(world.run(), Outcome::Moved);
+    let report = world.migration.report();
+    assert_eq!(report.attempts, 2);
+    let at_the_fence = matches!(report.undone_attempts[0], Reason::SwitchOver { step: Step::Fence, .. });
+    assert!(at_the_fence && report.rounds.iter().filter(|round| round.full).count() == 2, "{report:?}");
+    let log = world.log.lock().expect("log").clone();
+    let up = log.iter().position(|line| line == "fence up").expect("up");
+    let down = log.iter().position(|line| line == "fence down").expect("down");
+    assert!(up < down && !log[up..down].iter().any(|line| line.starts_with("record")), "nothing durable to take back: {log:?}");
+    world.assert_equal();
 }
 
 #[test]

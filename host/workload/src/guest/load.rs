@@ -62,7 +62,9 @@ impl<Q: CommandQueue> Load<Q> {
     /// `memory` has a block for each place.
     pub(super) fn new(config: &GuestConfig, shared: Arc<Shared>, memory: MappedBuffer) -> Self {
         let slots = config.slots();
-        let rng = Rng::with_seed(crate::mix(shared.ledger.seed() ^ u64::from(shared.ledger.guest())));
+        // A guest that goes on with a ledger does not repeat what the one before it did.
+        let before = (shared.ledger.next_seq() - 1) << 32;
+        let rng = Rng::with_seed(crate::mix(shared.ledger.seed() ^ u64::from(shared.ledger.guest()) ^ before));
         let busy = vec![0; shared.ledger.blocks().len().div_ceil(64)];
         let core = Core {
             shared,

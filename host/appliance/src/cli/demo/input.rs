@@ -1,4 +1,4 @@
-//! The demo's input: the source's image, the destination's A5h, the guest's ledger.
+//! The demo's input: the source's image, the destination's A5h, the guest's ledger; made anew, or taken up again.
 
 use super::GUEST_BLOCKS;
 use super::progress::Screen;
@@ -10,13 +10,25 @@ use crate::image::{self, BLOCK_BYTES, ImageSpec};
 use crate::live;
 use dray_workload::ledger::{Ledger, LedgerSpec};
 use dray_workload::pattern;
+use dray_workload::reader::FileReader;
+use dray_workload::verify::{self, Comparison};
 use miette::{IntoDiagnostic, WrapErr, miette};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use toml::Spanned;
 
 /// What the destination holds before anything is copied.
 const PREFILL: u8 = 0xa5;
+
+/// Checks that all acknowledged writes are on the disk that serves, before the guest goes on and writes over them.
+pub(super) fn check(serving: &Path, ledger: &Ledger) -> miette::Result<Comparison> {
+    let open = || FileReader::new(File::open(serving)?);
+    let mut disk = open().into_diagnostic().wrap_err_with(|| serving.display().to_string())?;
+    verify::check(&mut disk, ledger).into_diagnostic()
+}
 
 /// What a run starts from.
 pub(super) struct Input {
@@ -57,6 +69,95 @@ pub(super) fn make(config: &Config, args: &DemoArgs, screen: &mut Screen) -> mie
     let ledger = Ledger::create(&path, &spec).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
     screen.say(&format!("ledger       {}", path.display()));
     Ok(Input { nsid, source, destination, ledger: Arc::new(ledger) })
+}
+
+/// What a later `dray demo --resume` has to know besides the configuration. Written when all input is there.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Kept {
+    version: u32,
+    /// The file of each subsystem, by its name.
+    disks: BTreeMap<String, PathBuf>,
+    writes_per_second: u32,
+    queue_depth: u16,
+}
+
+impl Kept {
+    const VERSION: u32 = 1;
+
+    fn path(config: &Config) -> PathBuf {
+        config.path(&config.file.core.state).join("demo.json")
+    }
+
+    /// From here on there is nothing to resume, until [`keep`](Self::keep).
+    pub(super) fn forget(config: &Config) -> miette::Result<()> {
+        let path = Self::path(config);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).into_diagnostic().wrap_err_with(|| path.display().to_string())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A run that is killed from here on can be resumed.
+    pub(super) fn keep(config: &Config, input: &Input) -> miette::Result<()> {
+        let (guest, ends) = (&config.file.guest, &config.file.migration);
+        let mut disks = BTreeMap::new();
+        for (name, path) in [(&ends.from, &input.source), (&ends.to, &input.destination)] {
+            disks.insert(name.get_ref().clone(), std::path::absolute(path).into_diagnostic()?);
+        }
+        let kept = Self {
+            version: Self::VERSION,
+            disks,
+            writes_per_second: guest.writes_per_second,
+            queue_depth: guest.queue_depth,
+        };
+        let (path, text) = (Self::path(config), serde_json::to_vec(&kept).into_diagnostic()?);
+        let unfinished = path.with_extension("part");
+        let whole = std::fs::write(&unfinished, text).and_then(|()| std::fs::rename(&unfinished, &path));
+        whole.into_diagnostic().wrap_err_with(|| path.display().to_string())
+    }
+
+    /// What the last run has kept.
+    pub(super) fn find(config: &Config) -> miette::Result<Self> {
+        let path = Self::path(config);
+        let text = std::fs::read(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => miette!(
+                help = "run `dray demo` without --resume",
+                "there is nothing to resume in {}: no demo was started, or it was stopped before its input was made",
+                path.parent().unwrap_or(&path).display()
+            ),
+            _ => miette!("{}: {error}", path.display()),
+        })?;
+        let kept: Self = serde_json::from_slice(&text).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
+        if kept.version != Self::VERSION {
+            return Err(miette!("{}: version {}, and this dray reads {}", path.display(), kept.version, Self::VERSION));
+        }
+        Ok(kept)
+    }
+
+    /// Takes up the input of the last run.
+    pub(super) fn input(&self, config: &Config, screen: &mut Screen) -> miette::Result<Input> {
+        let (nsid, source) = end(config, config.file.migration.from.get_ref())?;
+        let (_, destination) = end(config, config.file.migration.to.get_ref())?;
+        let path = live::ledger_path(config);
+        let ledger = Ledger::resume(&path).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
+        screen.say(&format!("ledger       {}: {} writes acknowledged", path.display(), ledger.acknowledged()));
+        Ok(Input { nsid, source, destination, ledger: Arc::new(ledger) })
+    }
+
+    /// Makes the configuration say what the last run was told: `--destination` and the like need not be said again.
+    pub(super) fn apply(&self, config: &mut Config) {
+        for subsystem in &mut config.file.subsystems {
+            let Some(path) = self.disks.get(subsystem.name.get_ref()) else { continue };
+            for namespace in subsystem.namespaces.iter_mut().filter(|n| n.backing == BackingKind::File) {
+                namespace.path = Some(Spanned::new(0..0, path.clone()));
+            }
+        }
+        config.file.guest.writes_per_second = self.writes_per_second;
+        config.file.guest.queue_depth = self.queue_depth;
+    }
 }
 
 /// Lets a file come to rest: what is still to be written back would compete with the guest, and cached pages would have to be

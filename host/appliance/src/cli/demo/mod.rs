@@ -1,17 +1,23 @@
-//! `dray demo`: makes the input, runs the migration, looks at both disks, gives the verdict.
+//! `dray demo`: makes the input, or takes up that of the last run; runs the migration, looks at both disks, gives the verdict.
 
 mod input;
 mod progress;
 mod verdict;
 
 use super::DemoArgs;
-use crate::assembly;
+use crate::assembly::{self, Machine};
 use crate::config::Config;
 use crate::config::units::Size;
 use crate::core::clock::Clock;
-use crate::live::{self, LiveSpec};
+use crate::core::status::Status;
+use crate::live::{self, LiveSpec, Start};
 use crate::policies;
+use crate::recovery::{Records, StateLock};
+use crate::store::keep::Keeper;
 use crate::summary::Verdict;
+use dray_migration::Owner;
+use dray_workload::ledger::Ledger;
+use input::{Input, Kept};
 use miette::{IntoDiagnostic, WrapErr, miette};
 use progress::Screen;
 use std::path::Path;
@@ -27,28 +33,37 @@ const GUEST_BLOCKS: u64 = 32_768;
 /// Runs the demo.
 pub(super) fn run(file: &Path, args: &DemoArgs) -> miette::Result<ExitCode> {
     let mut config = Config::read(file)?;
-    apply(&mut config, args);
-    let cancel = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        // The second Ctrl-C ends the process at once.
-        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&cancel)).into_diagnostic()?;
-        signal_hook::flag::register(signal, Arc::clone(&cancel)).into_diagnostic()?;
+    let state = config.path(&config.file.core.state);
+    let _state = StateLock::take(&state).into_diagnostic().wrap_err_with(|| state.display().to_string())?;
+    if args.resume {
+        Kept::find(&config)?.apply(&mut config);
     }
+    apply(&mut config, args);
+    let cancel = cancelled_by_signals()?;
     let mut screen = Screen::new();
-    // The components are looked at first: a wrong one must not cost the time that the image takes.
+    // Records and components are looked at first: a bad one must not cost the time that the image takes.
+    let mut records = Records::open(&config)?;
     let clock = Clock::new();
     let (seats, policy_host) = policies::seat(&config, clock)?;
-    screen.say(&intro(&config, args));
-    let input = input::make(&config, args, &mut screen)?;
+    let input = if args.resume {
+        screen.say(&records.line());
+        Kept::find(&config)?.input(&config, &mut screen)?
+    } else {
+        screen.say(&intro(&config, args));
+        anew(&config, args, &mut records, &mut screen)?
+    };
     if cancel.load(Ordering::Relaxed) {
         return Err(miette!("cancelled; nothing was moved"));
     }
-    let ends = [&config.file.migration.from, &config.file.migration.to];
-    let [source, destination] = ends.map(|end| {
-        let subsystem = config.subsystem(end.get_ref()).ok_or_else(|| miette!("no subsystem \"{}\"", end.get_ref()))?;
-        assembly::machine(&config, subsystem).into_diagnostic()
-    });
-    let (source, destination) = (source?, destination?);
+    let serving = records.serving()?;
+    let [source, destination] = machines(&config, &records)?;
+    let found = args.resume.then(|| records.line());
+    if args.resume {
+        let disk = if serving == Owner::Source { &input.source } else { &input.destination };
+        carry_on(disk, &input.ledger, &screen)?;
+    }
+    let mut status = Status::open(&state.join("status")).into_diagnostic().wrap_err("the page of the run's status")?;
+    status.begin();
     let guest = &config.file.guest;
     let spec = LiveSpec {
         config: &config,
@@ -64,14 +79,19 @@ pub(super) fn run(file: &Path, args: &DemoArgs) -> miette::Result<ExitCode> {
         settle: Duration::from_millis(args.settle),
         reset: true,
         max_bytes_per_s: 0,
-        seed: args.seed,
+        seed: input.ledger.seed(),
         pin: None,
         cancel: Arc::clone(&cancel),
     };
-    let report = live::run(&spec, source, destination, seats, &mut |view| screen.show(view))?;
+    let start = Start { records, status: Some(status) };
+    let history = (serving == Owner::Source).then(|| Keeper::begin(&config, input.nsid));
+    let report = live::run_from(&spec, source, destination, seats, start, &mut |view| screen.show(view))?;
     drop(policy_host);
     screen.finish();
-    let summary = verdict::judge(&config, &input, &report).wrap_err("the verdict could not be given")?;
+    let summary = verdict::judge(&config, &input, &report, found).wrap_err("the verdict could not be given")?;
+    if let Some(history) = history {
+        history.end(&report.migration, &summary);
+    }
     if args.json {
         eprintln!("{summary}");
         println!("{}", serde_json::to_string(&summary).into_diagnostic()?);
@@ -79,6 +99,45 @@ pub(super) fn run(file: &Path, args: &DemoArgs) -> miette::Result<ExitCode> {
         println!("\n{summary}");
     }
     Ok(if summary.verdict == Verdict::Ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Set by the first Ctrl-C; the second one ends the process at once.
+fn cancelled_by_signals() -> miette::Result<Arc<AtomicBool>> {
+    let cancel = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&cancel)).into_diagnostic()?;
+        signal_hook::flag::register(signal, Arc::clone(&cancel)).into_diagnostic()?;
+    }
+    Ok(cancel)
+}
+
+/// Makes new input. Killed on the way, it leaves nothing that could be taken for input.
+fn anew(config: &Config, args: &DemoArgs, records: &mut Records, screen: &mut Screen) -> miette::Result<Input> {
+    Kept::forget(config)?;
+    let input = input::make(config, args, screen)?;
+    records.renew()?;
+    Kept::keep(config, &input)?;
+    Ok(input)
+}
+
+/// Source and destination, fenced as the records say.
+fn machines(config: &Config, records: &Records) -> miette::Result<[Machine; 2]> {
+    let machine = |end: &Spanned<String>| {
+        let subsystem = config.subsystem(end.get_ref()).ok_or_else(|| miette!("no subsystem \"{}\"", end.get_ref()))?;
+        assembly::machine_behind(config, subsystem, records.is_fenced(subsystem)).into_diagnostic()
+    };
+    Ok([machine(&config.file.migration.from)?, machine(&config.file.migration.to)?])
+}
+
+/// Says whether the disk that serves has everything, before anything goes on.
+fn carry_on(disk: &Path, ledger: &Ledger, screen: &Screen) -> miette::Result<()> {
+    let found = input::check(disk, ledger)?;
+    if !found.is_ok() {
+        let first = found.offenders.first().map(ToString::to_string).unwrap_or_default();
+        return Err(miette!("{} acknowledged writes are not in {}: {first}", found.writes_missing, disk.display()));
+    }
+    screen.say(&format!("checked      every block that the guest ever wrote is as its ledger says in {}", disk.display()));
+    Ok(())
 }
 
 /// What is about to happen, how long it takes and how much disk.

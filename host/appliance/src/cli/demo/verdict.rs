@@ -3,10 +3,10 @@
 use super::input::Input;
 use crate::config::{Config, Policy as PolicyFile};
 use crate::image::{self, FsckVerdict};
-use crate::live::{LiveReport, moved};
+use crate::live::LiveReport;
 use crate::summary::{Guest, Latency, Part, Policies, Policy, Round, Summary, Verdict};
 use dray_migration::report::PolicyReport;
-use dray_migration::{Outcome, Report, Step};
+use dray_migration::{Outcome, Owner, Report, Step};
 use dray_workload::guest::{GuestHandle, Phase};
 use dray_workload::ledger::Ledger;
 use dray_workload::reader::FileReader;
@@ -16,9 +16,9 @@ use std::fs::File;
 use std::path::Path;
 
 /// Looks at both disks and at the report.
-pub(super) fn judge(config: &Config, input: &Input, live: &LiveReport) -> miette::Result<Summary> {
+pub(super) fn judge(config: &Config, input: &Input, live: &LiveReport, found: Option<String>) -> miette::Result<Summary> {
     let report = &live.migration;
-    let was_moved = moved(report);
+    let was_moved = live.serving == Owner::Destination;
     // The ledger as another process would find it, not as this one remembers it.
     let ledger = Ledger::open(&crate::live::ledger_path(config)).into_diagnostic()?;
     let open = |path: &Path| FileReader::new(File::open(path)?);
@@ -57,9 +57,14 @@ pub(super) fn judge(config: &Config, input: &Input, live: &LiveReport) -> miette
     if was_moved && !live.same_identity {
         reasons.push("the guest did not find the same controller after its reset".into());
     }
-    reasons.extend(policy_reasons(config, &policy));
+    if live.migrated {
+        reasons.extend(policy_reasons(config, &policy));
+    }
     let verdict = if reasons.is_empty() { Verdict::Ok } else { Verdict::Failed };
-    Ok(summary(verdict, reasons, &comparison, &fsck, policy, report, &live.guest))
+    let check = if was_moved { "both disks" } else { "serving disk" };
+    let summary = summary(verdict, reasons, &comparison, &fsck, policy, report, &live.guest);
+    let outcome = if live.migrated { summary.outcome } else { "done before this start".into() };
+    Ok(Summary { outcome, check, found, ..summary })
 }
 
 /// Whether components decided, as they should where they are configured.
@@ -89,7 +94,7 @@ fn policies(report: &Report) -> Policies {
 }
 
 fn policy(report: Option<&PolicyReport>, by_entry: bool) -> Policy {
-    let Some(PolicyReport { identity, stats, omissions }) = report else {
+    let Some(PolicyReport { identity, stats, omissions, late }) = report else {
         let nobody = "none".to_owned();
         return Policy {
             component: nobody,
@@ -100,6 +105,7 @@ fn policy(report: Option<&PolicyReport>, by_entry: bool) -> Policy {
             faults: 0,
             fallbacks: 0,
             omissions: 0,
+            late: 0,
         };
     };
     let per = |count: u64, unit: f64| (count > 0).then(|| (stats.busy_ns as f64 / count as f64 / unit * 10.0).round() / 10.0);
@@ -112,6 +118,7 @@ fn policy(report: Option<&PolicyReport>, by_entry: bool) -> Policy {
         faults: stats.faults,
         fallbacks: stats.fallbacks,
         omissions: *omissions,
+        late: *late,
     }
 }
 
@@ -140,6 +147,8 @@ fn summary(
             Outcome::InDoubt { reason, what } => format!("in doubt: {reason}; {what}"),
             Outcome::Running => "not ended".into(),
         },
+        found: None,
+        check: "",
         blocks_compared: comparison.blocks_compared,
         blocks_different: comparison.blocks_different,
         blocks_written_after: comparison.blocks_written_since,
