@@ -3,9 +3,8 @@
 //! **What is here.** [`rig`] has the world (subsystems, the clock, the seeded order of polls), fronts (a slot with a driver on
 //! it), and backings that do as they are told. [`raw`] is a guest without a driver: registers and queues by hand, so that it can
 //! do everything wrong. [`moving`] has a migration with its guests, over a [`disk`] that takes its time and a journal on [`paper`].
-//! The tests themselves are in `tests/`, a file per area; the benchmark is in `benches/`.
-//!
-//! **What is not here.** Faults of the whole system (power loss, a peer that goes away) and the simulator that drives them.
+//! The tests themselves are in `tests/`, a file per area; the benchmark is in `benches/`. Faults of the whole system (power loss, a
+//! side that goes away) are the business of the simulator, `sim`, behind the feature of that name.
 //!
 //! **Where to start reading.** `rig.rs`, then `tests/loopback.rs`.
 
@@ -17,3 +16,7 @@ pub mod paper;
 pub mod plan;
 pub mod raw;
 pub mod rig;
+
+#[cfg(feature = "sim")]
+#[path = "../sim/mod.rs"]
+pub mod sim;

@@ -3,11 +3,14 @@
 //! Depends on no other crate of Dray. Start reading at [`COMMANDS`]; [`toolchain`] finds a compiler for the policies,
 //! [`plugins`] builds them, [`test`](mod@test) is what continuous integration runs. It does not build the bootable image yet.
 
+mod asan;
 mod bench;
 mod debian;
 mod demo;
+mod fuzz;
 mod plugins;
 mod process;
+mod sim;
 mod test;
 mod toolchain;
 mod tree;
@@ -25,10 +28,12 @@ struct Command {
     run: fn(&Tree, Vec<String>) -> Outcome,
 }
 
-const COMMANDS: [Command; 4] = [
+const COMMANDS: [Command; 6] = [
     Command { name: "demo", help: demo::HELP, run: demo::run },
     Command { name: "test", help: test::HELP, run: test::run },
     Command { name: "bench", help: bench::HELP, run: bench::run },
+    Command { name: "sim", help: sim::HELP, run: sim::run },
+    Command { name: "fuzz", help: fuzz::HELP, run: fuzz::run },
     Command { name: "plugins", help: plugins::HELP, run: plugins::run },
 ];
 
@@ -41,6 +46,8 @@ Commands:
   demo     build everything and move a namespace while its guest writes
   test     build and run all tests, as continuous integration does
   bench    measure, and write target/bench/summary.json
+  sim      run seeds of the simulator: the whole system under faults
+  fuzz     hostile guests, devices, files, states and policies, for some seconds each
   plugins  build the Wasm policies into target/plugins
 
 `cargo xtask COMMAND --help` says more.

@@ -2,14 +2,15 @@
 
 use crate::process::{cargo, listen, shown, took};
 use crate::tree::{Tree, read_text};
-use crate::{Outcome, debian, demo, plugins, refuse_rest, take_flag};
+use crate::{Outcome, asan, debian, demo, fuzz, plugins, refuse_rest, sim, take_flag};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 pub const HELP: &str = "\
 Builds and runs all tests, in stages, and prints what each took: set-up (Debian's e2fsprogs), the
-policies, the host with tests and benches, the host's tests, the policies' own tests on the host,
-the loom tests of the crates that have some. Stops at the first stage that fails.
+policies, the host with tests and benches, the host's tests, 2,000 seeds of the simulator and its
+planted faults, the policies' own tests on the host, the loom tests of the crates that have some, and the fenced memory under Miri or, where that is not
+installed, AddressSanitizer, the fuzz targets for a few seconds each. Stops at the first stage that fails.
 
 The sandbox's runtime (wasmtime) takes minutes to compile: a run that compiles it twice fails.
 
@@ -98,6 +99,14 @@ fn stages(tree: &Tree) -> Outcome<Vec<Stage>> {
     ];
     // Nothing to compile, unless the demo's selection of packages has come to differ: then wasmtime is counted again.
     stages.push(Stage { name: "demo's build", command: cargo(tree, &demo::BUILD), tests: false });
+    // The simulator's build has the places that faults are planted at; wasmtime stays as it is.
+    stages.push(Stage { name: "sim's build", command: cargo(tree, &sim::BUILD), tests: false });
+    for (name, args) in [("sim", ["--seeds", "2000"]), ("planted faults", ["--planted", "all"])] {
+        let mut command = sim::program(tree);
+        command.args(args);
+        stages.push(Stage { name, command, tests: false });
+    }
+    stages.push(Stage { name: "sim's own tests", command: cargo(tree, &sim::TESTS), tests: true });
     let mut policies = cargo(tree, &["test", "--workspace"]);
     policies.current_dir(tree.root.join("plugins")).env("CARGO_TARGET_DIR", tree.target("plugins-host")?);
     stages.push(Stage { name: "policies' tests", command: policies, tests: true });
@@ -111,6 +120,14 @@ fn stages(tree: &Tree) -> Outcome<Vec<Stage>> {
         loom.arg("loom").env("RUSTFLAGS", "--cfg loom").env("CARGO_TARGET_DIR", tree.target("loom")?);
         stages.push(Stage { name: "loom", command: loom, tests: true });
     }
+    let (name, checked) = asan::stage(tree)?;
+    stages.push(Stage { name, command: checked, tests: true });
+    let mut hostile = fuzz::command(tree, &["run"])?;
+    hostile.args(["--bin", "timeboxed", "--", "--seconds", "5"]);
+    stages.push(Stage { name: "fuzz", command: hostile, tests: false });
+    let mut harness = fuzz::command(tree, &["test"])?;
+    harness.arg("--lib");
+    stages.push(Stage { name: "fuzz harness", command: harness, tests: true });
     Ok(stages)
 }
 
@@ -131,7 +148,8 @@ fn with_loom(tree: &Tree) -> Outcome<Vec<String>> {
 /// What a run has seen so far.
 #[derive(Default)]
 struct Run {
-    times: Vec<(&'static str, Duration, bool)>,
+    /// Name, time, tests passed, success.
+    times: Vec<(&'static str, Duration, u64, bool)>,
     heard: Heard,
 }
 
@@ -155,21 +173,22 @@ impl Run {
 
     fn stage(&mut self, name: &'static str, work: impl FnOnce(&mut Heard) -> Outcome) -> Outcome {
         eprintln!("\n== {name}");
-        let started = Instant::now();
+        let (started, before) = (Instant::now(), self.heard.passed);
         let outcome = work(&mut self.heard);
         let time = started.elapsed();
         eprintln!("== {name}: {} after {}", if outcome.is_ok() { "ok" } else { "failed" }, took(time));
-        self.times.push((name, time, outcome.is_ok()));
+        self.times.push((name, time, self.heard.passed - before, outcome.is_ok()));
         outcome.map_err(|error| format!("stage {name}: {error}"))
     }
 
     fn table(&self) {
         eprintln!();
-        for (name, time, ok) in &self.times {
-            eprintln!("{name:<18} {:>14}  {}", took(*time), if *ok { "ok" } else { "failed" });
+        for (name, time, tests, ok) in &self.times {
+            let tests = if *tests == 0 { String::new() } else { format!(", {tests} tests passed") };
+            eprintln!("{name:<18} {:>14}  {}{tests}", took(*time), if *ok { "ok" } else { "failed" });
         }
         let Heard { wasmtime_builds, passed, failed, ignored } = self.heard;
-        let total = took(self.times.iter().map(|(_, time, _)| *time).sum());
+        let total = took(self.times.iter().map(|(_, time, ..)| *time).sum());
         eprintln!("{:<18} {total:>14}  {passed} tests passed, {failed} failed, {ignored} ignored", "all");
         eprintln!("wasmtime was compiled {wasmtime_builds} times (at most once is fine)");
     }
@@ -214,7 +233,7 @@ mod tests {
     #[test]
     fn one_profile_and_one_package_selection_for_all_that_compiles_wasmtime() {
         let stages = stages(&Tree::find().unwrap()).unwrap();
-        for stage in stages.iter().filter(|stage| matches!(stage.name, "build" | "tests" | "demo's build")) {
+        for stage in stages.iter().filter(|stage| matches!(stage.name, "build" | "tests" | "demo's build" | "sim's build" | "sim's own tests")) {
             let shown = shown(&stage.command);
             assert!(shown.contains("--release") && shown.contains("--workspace"), "{shown}");
         }

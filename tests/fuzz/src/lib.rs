@@ -1,0 +1,61 @@
+//! Hostile neighbours: what a guest, a device, a file, a peer's state and a policy may send, made up byte by byte.
+//!
+//! **What it does.** Each target is a module with one function, `run(data)`, that turns bytes into a session and panics when a
+//! guarantee is broken. Besides not crashing:
+//!
+//! | target | who is hostile | asserts |
+//! |---|---|---|
+//! | [`controller`] | a guest at the software controller, or the host at its management controller | memory outside the mappings, read-only memory and unmapped memory stay as they were; no operation on the media outside the namespace, on a write-protected or another guest's namespace; with whole commands alone, no change outside the ranges that were written to; a bounded number of operations under way; afterwards a reset brings a controller that identifies itself, writes and reads back, and a neighbour never noticed |
+//! | [`driver`] | a device under the driver | every command that was taken ends exactly once; answers and batches are no longer than asked for; what ends is a typed error; afterwards a reset brings the driver up on a device that behaves |
+//! | [`config`] | the file | a refusal names a line and a place inside the file and can be shown; what is accepted is accepted again, and means the same; sizes and durations survive being printed |
+//! | [`state`] | a peer that sends controller state | what was accepted is read back; what was refused changed nothing; a resumed controller stays inside the guest's memory, and a reset brings it back |
+//! | [`policy`] | a policy | whatever the answer, what was given back is dirty; no more is given back than was shown; the queue is drained although the policy will not; every answer that passes the guard keeps its bounds; the copy hands out every dirty block once, and only dirty ones |
+//!
+//! **How to run it.** `cargo xtask fuzz` replays the corpus in `corpus/` and then mutates it for some seconds a target, on the
+//! stable compiler, without coverage. With a nightly compiler and a C++ compiler, `cargo fuzz run --fuzz-dir tests/fuzz
+//! --features libfuzzer controller` goes on for as long as one likes and is guided by coverage. A failing input is written to a
+//! file; `cargo xtask fuzz --target T --replay FILE` runs it again.
+//!
+//! **What it does not do yet.** The sandbox, NVMe/TCP frames and vfio-user messages have no target. The two runs share
+//! inputs, but inputs found by the time-boxed run do not enter the corpus by themselves.
+//!
+//! **Where to start reading.** [`input`] (how bytes become values), then a target; [`guest`] and [`media`] are what the
+//! controller's targets play with, [`device`] is the driver's opponent.
+#![forbid(unsafe_code)]
+
+pub mod commands;
+pub mod config;
+pub mod controller;
+pub mod device;
+pub mod driver;
+pub mod guest;
+pub mod input;
+pub mod media;
+pub mod mutate;
+pub mod policy;
+pub mod seeds;
+pub mod state;
+
+/// A fuzz target.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// Its name, and that of its folder in the corpus.
+    pub name: &'static str,
+    /// Runs one input; panics when a guarantee is broken.
+    pub run: fn(&[u8]),
+    /// Inputs that are whole sessions, to begin with.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+    /// Pieces that mutation may put in.
+    pub words: &'static [&'static [u8]],
+    /// Longest input that mutation makes, in bytes.
+    pub most_bytes: usize,
+}
+
+/// All targets.
+pub const TARGETS: [Target; 5] = [
+    Target { name: "controller", run: controller::run, seeds: seeds::controller, words: mutate::NUMBERS, most_bytes: 1024 },
+    Target { name: "driver", run: driver::run, seeds: seeds::driver, words: mutate::NUMBERS, most_bytes: 1024 },
+    Target { name: "config", run: config::run, seeds: seeds::config, words: config::WORDS, most_bytes: 4096 },
+    Target { name: "state", run: state::run, seeds: seeds::state, words: mutate::NUMBERS, most_bytes: 1024 },
+    Target { name: "policy", run: policy::run, seeds: seeds::policy, words: mutate::NUMBERS, most_bytes: 1024 },
+];
