@@ -1,6 +1,7 @@
 //! `sim`: runs seeds of the simulator. `cargo xtask sim` builds and starts it.
 
 use clap::Parser;
+use dray_tests::sim::found::FOUND;
 use dray_tests::sim::runner::{self, Batch};
 use dray_tests::sim::{Options, planted, policies, scenario, trace};
 use std::io::IsTerminal;
@@ -9,6 +10,8 @@ use std::time::Duration;
 
 /// Seeds after which every fault and every state must have been reached.
 const ENOUGH: u64 = 2_000;
+/// What each seed has at least: commands of the guests, migrations that ended, faults that took effect.
+const LEAST: (u64, u64, u64) = (2_000, 1, 3);
 
 /// Runs the whole system under seeded faults, in virtual time, with two oracles watching.
 #[derive(Debug, Parser)]
@@ -71,7 +74,9 @@ fn threads(args: &Args) -> usize {
 }
 
 fn seeds(args: &Args) -> Result<bool, String> {
+    let enough = args.seeds >= ENOUGH;
     let batch = Batch {
+        before: if enough { FOUND.iter().map(|found| found.seed).collect() } else { Vec::new() },
         from: args.from,
         seeds: args.seeds,
         time: args.minutes.map(|minutes| Duration::from_secs_f64(minutes * 60.0)),
@@ -100,7 +105,13 @@ fn seeds(args: &Args) -> Result<bool, String> {
     }
     // As cargo counts tests, for whoever adds them up.
     let bad = found.failures.len() as u64;
-    let verdict = if bad == 0 && (missing.is_empty() || !enough) { "ok" } else { "FAILED" };
+    let thin = bad == 0 && found.least.is_some_and(|(commands, migrations, faults)| {
+        commands < LEAST.0 || migrations < LEAST.1 || faults < LEAST.2
+    });
+    if thin {
+        println!("\na seed has too little in it: {LEAST:?} commands, migrations and faults are wanted");
+    }
+    let verdict = if bad == 0 && !thin && (missing.is_empty() || !enough) { "ok" } else { "FAILED" };
     println!("\nseeds: {verdict}. {} passed; {bad} failed", found.seeds.saturating_sub(bad));
     Ok(verdict == "ok")
 }

@@ -15,6 +15,7 @@ pub mod deeds;
 pub mod disk;
 pub mod event;
 pub mod fault;
+pub mod found;
 pub mod guest;
 pub mod latencies;
 pub mod machine;
@@ -28,7 +29,6 @@ pub mod script;
 pub mod slots;
 pub mod trace;
 pub mod world;
-
 
 use coverage::{Coverage, Kind};
 use event::{CommandId, Stamped, Violation};

@@ -23,7 +23,7 @@ const fn row(fault: Fault, name: &'static str, breaks: &'static str, needs: &'st
 }
 
 /// All of them.
-pub const ALL: [Planted; 21] = [
+pub const ALL: [Planted; 23] = [
     row(Fault::ClearAfterRead, "clear-after-read", "1: clear, then read", "writes to blocks whose read is under way: hot spots, slow reads at the source"),
     row(Fault::TwoCopiesInFlight, "two-copies-in-flight", "2: one copy of a block at a time", "hot spots, a slow destination, several transfers at a time"),
     row(Fault::CleanBeforeFlushed, "clean-before-flushed", "3: clean means flushed", "a volatile cache at the destination, and its restart or a power cut after the move"),
@@ -45,6 +45,8 @@ pub const ALL: [Planted; 21] = [
     row(Fault::RecordNotFlushed, "record-not-flushed", "9: a record is flushed before the step that relies on it", "a power cut in the hand-over"),
     row(Fault::ResetKeepsOldWrites, "reset-keeps-old-writes", "a reset ends what was before (Base 2.3 §3.7.2)", "resets of a guest's controller with slow writes under way"),
     row(Fault::UnflushedNotMerged, "unflushed-not-merged", "3: merged back when the destination restarts", "a volatile cache at the destination, and its restart during the rounds"),
+    row(Fault::DestinationNotFenced, "destination-not-fenced", "9: suspension is not a fence, at the destination either", "a reset of the destination's management controller before Resume, and an undo"),
+    row(Fault::FoundRecordNotFlushed, "found-record-not-flushed", "9: what is relied on is durable", "a record whose flush failed, and a power cut"),
 ];
 
 /// The one of that name.

@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 /// Which seeds.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// The first.
+    /// Seeds that come before the others.
+    pub before: Vec<u64>,
+    /// The first of the others.
     pub from: u64,
     /// How many at most.
     pub seeds: u64,
@@ -142,10 +144,12 @@ pub fn many(batch: &Batch, progress: &(dyn Fn(u64) + Sync)) -> Result<Findings, 
         let (mut mine, began) = (Findings::default(), Instant::now());
         while !stop.load(Ordering::Relaxed) && batch.time.is_none_or(|time| started.elapsed() < time) {
             let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= batch.seeds {
-                break;
-            }
-            let seed = batch.from + index;
+            let known = batch.before.len() as u64;
+            let seed = match batch.before.get(index as usize) {
+                Some(seed) => *seed,
+                None if index - known < batch.seeds => batch.from + index - known,
+                None => break,
+            };
             let (ran, failure) = one(seed, &batch.options, &kit);
             if let Some(ran) = &ran {
                 mine.add(ran);

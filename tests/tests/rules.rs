@@ -386,6 +386,38 @@ fn rule_09_a_reset_of_the_source_during_the_switch_over_serves_nobody_twice() {
 }
 
 #[test]
+fn rule_09_a_destination_that_is_undone_has_served_nobody() {
+    // A reset of its management controller ends the suspension of its controllers, the guest resets its own meanwhile, and the
+    // slot points there already, or is about to: what it acknowledged then, the undo would take back.
+    let mut undone = 0;
+    for (index, step) in ["record", "set_state", "resume"].iter().enumerate() {
+        for seed in 0..8 {
+            let mut plan = Plan::sized(300 + 10 * index as u64 + seed, MIB, 512);
+            plan.guest_driver = DriverConfig { io_timeout_ms: 2, admin_timeout_ms: 5, ..DriverConfig::default() };
+            let mut moving = Moving::new(&plan.with(|config| config.limits.max_attempts = 1));
+            moving.loose = true;
+            let fetched = moving.machines[1].fetched(0);
+            moving.start();
+            moving.phase(Phase::Copying);
+            moving.paper.set_delay_us(3_000);
+            moving.until(step, |moving| moving.is_at(step) || moving.migration.as_ref().is_none_or(|m| m.phase() == Phase::Ended));
+            moving.reset_controller(0);
+            moving.turns(seed * 7);
+            moving.machines[1].management.write32(dray_nvme::registers::offset::CC, 0);
+            let outcome = moving.run();
+            assert!(!matches!(outcome, Outcome::InDoubt { .. }), "{step}: {outcome:?}");
+            if outcome != Outcome::Moved {
+                undone += 1;
+                assert_eq!(moving.machines[1].fetched(0), fetched, "{step}, seed {seed}: {outcome:?}");
+            }
+            moving.goes_on();
+            moving.judge();
+        }
+    }
+    assert!(undone > 0);
+}
+
+#[test]
 fn rule_09_behind_its_fence_the_source_never_serves_again() {
     let mut moving = Moving::new(&Plan::small(9));
     moving.start();

@@ -15,6 +15,7 @@ use crate::limit::Limit;
 use crate::queue::{CQE_BYTES, Cq, Ready, Sq};
 use crate::subsystem::Shared;
 use crate::udmq::Udmq;
+use dray_device::bar::Control;
 use dray_device::planted::{self, Fault};
 use dray_device::poll::Time;
 use dray_device::slot::{Connector, Fence, Port};
@@ -590,12 +591,20 @@ impl Controller {
         }
     }
 
-    /// Resume: the queues' memory must be there. A restored controller publishes its registers, takes the doorbells as they
+    /// The guest has reset the controller since its registers were last looked at.
+    fn was_reset(&self, port: &Port) -> bool {
+        let seen = Control { resets: self.resets_seen, cc: self.cc_seen };
+        let now = port.bar().control_if_changed(seen);
+        now.is_some_and(|now| now.resets != self.resets_seen || !Cc::from_bits(now.cc).en())
+    }
+
+    /// Resume: the queues' memory must be there, unless the guest has reset the controller meanwhile and is done with them. A restored controller publishes its registers, takes the doorbells as they
     /// stand, and wakes the guest where completions wait.
     pub(crate) fn resume(&mut self, shared: &mut Shared) -> Result<(), Status> {
         self.take_port(shared);
         self.engine.reader.refresh();
-        if self.enabled && self.port.is_some() && !self.find_queues() {
+        let reset = self.port.as_ref().is_some_and(|port| self.was_reset(port));
+        if self.enabled && self.port.is_some() && !reset && !self.find_queues() {
             return Err(Status::INVALID_FIELD.with_dnr());
         }
         if self.restored && self.port.is_none() {

@@ -5,6 +5,7 @@
 use crate::admin::Event;
 use crate::controller::{Controller, Run};
 use crate::deviations::Deviation;
+use crate::limit::Limit;
 use crate::memtrack::{MemoryTracker, TrackLimits, TrackRefusal};
 use crate::queue::Ready;
 use crate::state::{ControllerState, StateFormats, StatePart, StateSequence, encode};
@@ -127,8 +128,8 @@ impl Subsystem {
         found.ok_or(Status::INVALID_CDQ.with_dnr())
     }
 
-    /// A reset of the manager deletes its data queues, stops memory tracking and ends every suspension; a reset of another
-    /// controller ends its own (Base 2.3 §8.1.13).
+    /// A reset of the manager deletes its data queues, stops memory tracking, lifts the guests' limits and ends every suspension; a
+    /// reset of another controller ends its own (Base 2.3 §8.1.13).
     fn after_reset(&mut self, index: usize) {
         if !self.controllers[index].is_manager() {
             self.management.sequences.retain(|(target, _)| *target != index);
@@ -145,6 +146,7 @@ impl Subsystem {
             }
             controller.engine.log = None;
             controller.engine.tracker = None;
+            controller.limit = Limit::none();
             if controller.run != Run::Active && deviating.does(Deviation::SuspensionSurvivesReset) {
                 continue;
             }

@@ -48,6 +48,10 @@ pub enum Fault {
     ResetKeepsOldWrites,
     /// What a destination had not flushed is not copied again after its restart.
     UnflushedNotMerged,
+    /// The destination has no fence before Resume, only its suspension.
+    DestinationNotFenced,
+    /// A record that is found at the start is relied on, durable or not.
+    FoundRecordNotFlushed,
 }
 
 #[cfg(feature = "planted")]

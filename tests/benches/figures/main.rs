@@ -18,6 +18,7 @@ mod migrate;
 mod policy;
 mod report;
 mod rig;
+mod sim;
 mod targets;
 
 use machine::{Cores, HugePages};
@@ -119,13 +120,14 @@ fn run(options: &Options) -> Result<(), Failure> {
         println!("--quick: short runs; the figures say nothing about the machine or the code");
     }
     calib::before(&plan, &mut report)?;
-    let groups: [(&str, Measure); 6] = [
+    let groups: [(&str, Measure); 7] = [
         ("loopback", loopback::measure),
         ("cdq", cdq::measure),
         ("dirty", dirty::measure),
         ("copy", copy::measure),
         ("migrate", migrate::measure),
         ("policy", policy::measure),
+        ("sim", sim::measure),
     ];
     let mut failed = Vec::new();
     for (name, measure) in groups {

@@ -56,6 +56,7 @@ const TARGETS: &[Target] = &[
     least("migrate.converge.60k", 1.0, None),
     least("migrate.unbounded", 1.0, None),
     most("policy.trap.recover", 50.0, Some(20.0)),
+    least("sim.seeds", 100.0, Some(1_000.0)),
 ];
 
 /// The target of a row, if it has one.
