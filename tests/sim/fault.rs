@@ -101,11 +101,13 @@ pub enum Fault {
     ManagementResetInHandover,
     /// The power was cut between Suspend and the end of the migration.
     PowerCutInHandover,
+    /// The power was cut again while the process was starting.
+    PowerCutInRecovery,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 47] = [
+    pub const ALL: [Self; 48] = [
         Self::QueueFills,
         Self::EventLost,
         Self::EventLate,
@@ -153,5 +155,6 @@ impl Fault {
         Self::ResetInHandover,
         Self::ManagementResetInHandover,
         Self::PowerCutInHandover,
+        Self::PowerCutInRecovery,
     ];
 }

@@ -37,4 +37,10 @@ pub const FOUND: &[Found] = &[
     found(20114, "tracking could not be started anew while a guest wrote"),
     found(38818, "the same"),
     found(40357, "the same"),
+    found(1007983, "a Suspend that outlived the reset of its manager left the guest suspended, and every later migration was refused"),
+    found(1035087, "the same"),
+    found(1008673, "the host's own throttle went on for seconds after all limits"),
+    found(1040624, "the same"),
+    found(1029230, "an I/O queue whose deletion failed once kept its identifier, and no other could be created"),
+    found(1049097, "the same"),
 ];

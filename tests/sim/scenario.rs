@@ -318,6 +318,7 @@ fn limits(dice: &mut Dice) -> Limits {
         patience_us: dice.skewed(200, 2_000),
         undo_ms: dice.between(15, 25),
         guest_floor: 1_000,
+        throttle_ms: 20,
     }
 }
 

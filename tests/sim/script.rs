@@ -242,7 +242,8 @@ impl World<'_> {
     fn copy_queue(&mut self, side: Side) -> Result<Box<dyn CommandQueue>, Halt> {
         let mut asked = false;
         let mut queue = None;
-        let mut again = self.now;
+        // Deletions that are under way get their time.
+        let mut again = self.now.after_us(2_000);
         self.until("a management controller comes up", PATIENCE_US, |world| {
             let now = world.now;
             let Some(manager) = &mut world.machines[side].manager else { return false };
@@ -254,10 +255,19 @@ impl World<'_> {
                     world.wake_all();
                 }
                 Health::Failed(_) => asked = false,
-                Health::Ready if !asked => {
-                    asked = manager.create_io_queue(now).is_ok();
-                    world.wake_all();
-                }
+                Health::Ready if !asked => match manager.create_io_queue(now) {
+                    Ok(()) => {
+                        asked = true;
+                        world.wake_all();
+                    }
+                    // Every identifier is taken by a queue that could not be deleted: nothing is suspended here, so it is reset.
+                    Err(_) if now >= again => {
+                        manager.reset(now);
+                        again = now.after_us(2_000);
+                        world.wake_all();
+                    }
+                    Err(_) => {}
+                },
                 Health::Ready => match manager.io_queue() {
                     Some(Ok(made)) => queue = Some(made),
                     Some(Err(_)) => asked = false,

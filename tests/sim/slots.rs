@@ -27,6 +27,8 @@ struct State {
     failing: u32,
     /// The power is going: so many operations still get through.
     left: Option<u32>,
+    /// It was gone for an operation.
+    gone: bool,
     took: Vec<Fault>,
 }
 
@@ -49,6 +51,7 @@ impl RecordDisk {
             jobs: VecDeque::new(),
             failing: 0,
             left: None,
+            gone: false,
             took: Vec::new(),
         };
         Self { state: Arc::new(Mutex::new(state)) }
@@ -115,6 +118,25 @@ impl RecordDisk {
         std::mem::take(&mut self.state().took)
     }
 
+    /// The power lasts for so many operations from now on.
+    pub fn lasts_for(&self, operations: u32) {
+        self.state().left = Some(operations);
+    }
+
+    /// Whether it has not been gone for an operation.
+    #[must_use]
+    pub fn has_power(&self) -> bool {
+        !self.state().gone
+    }
+
+    /// The power lasts again; false if it was gone for an operation meanwhile.
+    #[must_use]
+    pub fn lasted(&self) -> bool {
+        let mut state = self.state();
+        state.left = None;
+        !std::mem::take(&mut state.gone)
+    }
+
     /// The power goes: jobs that wait get so far and no further, and what was not flushed is kept, dropped or torn.
     pub fn power_cut(&self) {
         let mut state = self.state();
@@ -144,7 +166,7 @@ impl RecordDisk {
                 }
             }
         }
-        (state.left, state.failing) = (None, 0);
+        (state.left, state.gone, state.failing) = (None, false, 0);
     }
 }
 
@@ -153,7 +175,10 @@ impl State {
     fn spend(&mut self) -> io::Result<()> {
         match &mut self.left {
             None => Ok(()),
-            Some(0) => Err(io::Error::other("the power is gone")),
+            Some(0) => {
+                self.gone = true;
+                Err(io::Error::other("the power is gone"))
+            }
             Some(left) => {
                 *left -= 1;
                 Ok(())

@@ -7,14 +7,18 @@ use crate::error::DriverError;
 use crate::link::PairShared;
 use crate::queue::QueuePair;
 use crate::ring::{MAX_ENTRIES, Ring, RingShape};
-use dray_device::command::SubmitError;
+use dray_device::command::{Completion, SubmitError};
 use dray_device::poll::Time;
 use dray_device::space::MappedBuffer;
 use dray_nvme::command::{MAX_BLOCKS, SubmissionEntry};
+use dray_nvme::status::Status;
 use std::sync::Arc;
 
 /// Bytes that a Write Zeroes may cover when the controller sets no limit: 65,536 blocks of the smallest size.
 const MOST_ZEROES: u64 = MAX_BLOCKS as u64 * 512;
+
+/// Deletions that are tried before the identifier is given up until a reset.
+const TRIES: u8 = 4;
 
 /// A queue pair that is being created: what to ask for it with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,13 +43,33 @@ enum Stage {
     Created,
     /// The pair is in use.
     Live,
-    /// To be deleted; `None` = the command is still to be sent.
-    DeletingSq(Option<Ticket>),
-    DeletingCq(Option<Ticket>),
-    /// A deletion was refused: the identifier and the memory are not used again before a reset.
+    /// To be deleted; `None` = the command is still to be sent. How often that was refused.
+    DeletingSq(Option<Ticket>, u8),
+    /// See there.
+    DeletingCq(Option<Ticket>, u8),
+    /// A deletion was refused again and again: the identifier and the memory are not used again before a reset.
     Stuck,
     /// Never came to be; kept until someone asks.
     Refused,
+}
+
+/// What became of a Delete I/O Submission or Completion Queue.
+enum Deletion {
+    Gone,
+    Again,
+    GivenUp,
+}
+
+impl Deletion {
+    fn of(answer: &Completion, refused: u8) -> Self {
+        match answer.status {
+            _ if answer.unknown => Self::GivenUp,
+            // A queue that the controller does not know is not there either.
+            status if !status.is_error() || status.is(Status::INVALID_QID) => Self::Gone,
+            _ if refused + 1 < TRIES => Self::Again,
+            _ => Self::GivenUp,
+        }
+    }
 }
 
 /// What the driver knows of a pair. It holds the queues' memory until the controller has let go of it.
@@ -178,25 +202,28 @@ impl Driver {
                     Ok(_) => Stage::Created,
                     Err(error) => {
                         self.pairs[at].error = Some(error);
-                        Stage::DeletingCq(None)
+                        Stage::DeletingCq(None, 0)
                     }
                 })
             }
-            Stage::Live if record.shared.is_abandoned() => Some(Stage::DeletingSq(None)),
-            Stage::DeletingSq(None) => {
+            Stage::Live if record.shared.is_abandoned() => Some(Stage::DeletingSq(None, 0)),
+            Stage::DeletingSq(None, refused) => {
                 let entry = SubmissionEntry::delete_io_sq(qid);
-                self.request(now, &entry, AdminData::None).ok().map(|ticket| Stage::DeletingSq(Some(ticket)))
+                self.request(now, &entry, AdminData::None).ok().map(|ticket| Stage::DeletingSq(Some(ticket), refused))
             }
-            Stage::DeletingSq(Some(ticket)) => {
-                let answer = self.answer(ticket)?;
-                let deleted = answer.accepted("Delete I/O Submission Queue").is_ok();
-                Some(if deleted { Stage::DeletingCq(None) } else { Stage::Stuck })
+            Stage::DeletingSq(Some(ticket), refused) => {
+                let answer = self.answer(ticket)?.completion;
+                Some(match Deletion::of(&answer, refused) {
+                    Deletion::Gone => Stage::DeletingCq(None, 0),
+                    Deletion::Again => Stage::DeletingSq(None, refused + 1),
+                    Deletion::GivenUp => Stage::Stuck,
+                })
             }
-            Stage::DeletingCq(None) => {
+            Stage::DeletingCq(None, refused) => {
                 let entry = SubmissionEntry::delete_io_cq(qid);
-                self.request(now, &entry, AdminData::None).ok().map(|ticket| Stage::DeletingCq(Some(ticket)))
+                self.request(now, &entry, AdminData::None).ok().map(|ticket| Stage::DeletingCq(Some(ticket), refused))
             }
-            Stage::DeletingCq(Some(ticket)) => self.deleted_cq(at, ticket),
+            Stage::DeletingCq(Some(ticket), refused) => self.deleted_cq(at, ticket, refused),
             Stage::Created | Stage::Live | Stage::Stuck | Stage::Refused => None,
         }
     }
@@ -215,15 +242,17 @@ impl Driver {
             Ok(ticket) => Stage::CreatingSq(ticket),
             Err(_) => {
                 self.pairs[at].error = Some(DriverError::Reset);
-                Stage::DeletingCq(None)
+                Stage::DeletingCq(None, 0)
             }
         })
     }
 
-    fn deleted_cq(&mut self, at: usize, ticket: Ticket) -> Option<Stage> {
-        let answer = self.answer(ticket)?;
-        if answer.accepted("Delete I/O Completion Queue").is_err() {
-            return Some(Stage::Stuck);
+    fn deleted_cq(&mut self, at: usize, ticket: Ticket, refused: u8) -> Option<Stage> {
+        let answer = self.answer(ticket)?.completion;
+        match Deletion::of(&answer, refused) {
+            Deletion::Gone => {}
+            Deletion::Again => return Some(Stage::DeletingCq(None, refused + 1)),
+            Deletion::GivenUp => return Some(Stage::Stuck),
         }
         let record = &mut self.pairs[at];
         record.memory = None;

@@ -29,6 +29,9 @@ pub struct Limits {
     pub undo_ms: u64,
     /// Least commands per second that the host's own throttle leaves a guest.
     pub guest_floor: u32,
+    /// How long each cut of the host's own throttle is given to show what it achieves, ms. It halves the guest's rate from cut to
+    /// cut, so a migration ends after at most 32 of them.
+    pub throttle_ms: u64,
 }
 
 impl Default for Limits {
@@ -45,6 +48,7 @@ impl Default for Limits {
             patience_us: 20_000,
             undo_ms: 30_000,
             guest_floor: 100,
+            throttle_ms: 500,
         }
     }
 }

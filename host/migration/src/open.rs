@@ -3,7 +3,7 @@
 
 use crate::calls::{Calls, words};
 use crate::hooks::{Owner, RecordPhase};
-use crate::mmc::QueueState;
+use crate::mmc::{Answer, QueueState};
 use crate::parts::{Parts, Tap};
 use crate::pump::Pump;
 use crate::reason::Reason;
@@ -12,6 +12,7 @@ use crate::state::{State, Turn};
 use dray_device::planted::{self, Fault};
 use dray_device::poll::Time;
 use dray_nvme::command::SubmissionEntry;
+use dray_nvme::status::Status;
 use dray_policy::seam::Opening as PolicyOpening;
 
 /// The steps of opening.
@@ -23,7 +24,21 @@ pub(crate) enum Opening {
     /// Queues are being created.
     Creating,
     /// Logging is being started, the destination's controllers are suspended, the record is written.
-    Starting { start: Calls, suspend: Calls, began: Time, recorded: Option<u64> },
+    Starting { start: Calls, suspend: Calls, left: Left, began: Time, recorded: Option<u64> },
+}
+
+/// A controller of the source that an earlier attempt left suspended. A device may let a suspension outlive the reset of the
+/// controller that asked for it, and one that was still under way when the undo took place comes to be afterwards. By the record
+/// the source serves, so it is resumed, once.
+#[derive(Debug, Default)]
+pub(crate) enum Left {
+    /// None was found.
+    #[default]
+    None,
+    /// Found, and being resumed.
+    Resuming(Calls),
+    /// Found, and resumed.
+    Resumed,
 }
 
 impl Opening {
@@ -44,7 +59,7 @@ impl Opening {
                 }
                 Err(reason) => Turn::Back(reason),
             },
-            Self::Starting { start, suspend, began, recorded } => {
+            Self::Starting { start, suspend, left, began, recorded } => {
                 if recorded.is_none()
                     && let Some(result) = parts.recorded()
                 {
@@ -53,11 +68,15 @@ impl Opening {
                     }
                     *recorded = Some(now.us_since(*began));
                 }
-                let started = start.poll(now, parts.source.as_mut());
+                // Not sent again before a controller that was left suspended is resumed.
+                let started = matches!(left, Left::Resuming(_)) || start.poll(now, parts.source.as_mut());
                 if !suspend.poll(now, parts.destination.as_mut()) || !started {
                     return Turn::Stay;
                 }
                 parts.costs.admin_us = parts.costs.admin_us.min(now.us_since(*began));
+                if left.resume(start, parts, now) {
+                    return Turn::Stay;
+                }
                 if let Some(answer) = start.failure() {
                     return Turn::Back(Reason::Source(format!("Track Send was refused: {}", words(answer))));
                 }
@@ -71,6 +90,31 @@ impl Opening {
                 Turn::Next(State::Copying(Box::new(Rounds::new(now))))
             }
         }
+    }
+}
+
+impl Left {
+    /// True while controllers that were found suspended are being resumed; logging is started there once more then.
+    fn resume(&mut self, start: &mut Calls, parts: &mut Parts, now: Time) -> bool {
+        if matches!(self, Self::None) {
+            let refused = |answer: &Answer| answer.unknown || answer.status.is_error();
+            let is_suspended = |answer: &Answer| !answer.unknown && answer.status.is(Status::CONTROLLER_SUSPENDED);
+            let sources = parts.sources();
+            let left = start.answers().zip(&sources).enumerate().filter(|(_, (answer, _))| is_suspended(answer));
+            let (indices, left): (Vec<usize>, Vec<u16>) = left.map(|(index, (_, cntlid))| (index, *cntlid)).unzip();
+            if left.is_empty() || start.answers().any(|answer| refused(answer) && !is_suspended(answer)) {
+                return false;
+            }
+            tracing::warn!(controllers = ?left, "controllers of the source were left suspended: they are resumed");
+            *self = Self::Resuming(resume(&left));
+            *start = starts(parts, indices);
+        }
+        let Self::Resuming(calls) = self else { return false };
+        if calls.poll(now, parts.source.as_mut()) {
+            // A refusal shows at the next start.
+            *self = Self::Resumed;
+        }
+        true
     }
 }
 
@@ -116,12 +160,17 @@ fn start(parts: &mut Parts, now: Time) -> Opening {
     let copy = parts.setup(now, &parts.config.settings.copy);
     parts.policies.copy.open(PolicyOpening { setup: copy, extra: () });
     parts.record(Owner::Source, RecordPhase::Copying, false);
-    let starts = (0..tracked(parts.taps.len())).map(|index| SubmissionEntry::track_send_log(true, cdqid(parts, index)));
-    let start = Calls::plain(starts.collect::<Vec<_>>());
+    let start = starts(parts, 0..tracked(parts.taps.len()));
     if !planted::on(Fault::DestinationNotFenced) {
         parts.hooks.fence.raise(Owner::Destination);
     }
-    Opening::Starting { start, suspend: suspend(&parts.destinations()), began: now, recorded: None }
+    Opening::Starting { start, suspend: suspend(&parts.destinations()), left: Left::None, began: now, recorded: None }
+}
+
+/// Track Send, start, for these queues.
+fn starts(parts: &Parts, queues: impl IntoIterator<Item = usize>) -> Calls {
+    let starts = queues.into_iter().map(|index| SubmissionEntry::track_send_log(true, cdqid(parts, index)));
+    Calls::plain(starts.collect::<Vec<_>>())
 }
 
 /// How many controllers of the set are tracked: all (rule 5).

@@ -19,8 +19,6 @@ use dray_policy::seam::Exchange;
 
 /// Time between two rounds that begin while a switch-over would be within the budget: there is nothing to hurry for.
 const CALM_US: u64 = 100_000;
-/// Time between two cuts of the guest's rate by the host itself.
-const CUT_US: u64 = 500_000;
 
 /// Where a round stands.
 #[derive(Debug)]
@@ -240,7 +238,7 @@ impl Rounds {
             return None;
         }
         // A last time for what the throttle, or a round under way, achieves.
-        let give_up_at = *self.give_up_at.get_or_insert(now.after_us(if may_cut { 2 * CUT_US } else { 0 }));
+        let give_up_at = *self.give_up_at.get_or_insert(now.after_us(if may_cut { 2_000 * limits.throttle_ms } else { 0 }));
         let reason = Reason::NotConverging { estimate_us, budget_us: limits.downtime_budget_us };
         (now >= give_up_at).then_some(Turn::Back(reason))
     }
@@ -255,7 +253,7 @@ impl Rounds {
         if parts.throttle.limit != 0 && limit >= parts.throttle.limit {
             return false;
         }
-        self.cut_at = now.after_us(CUT_US);
+        self.cut_at = now.after_us(1_000 * parts.config.limits.throttle_ms);
         self.host_limit = limit;
         parts.limit_guest(limit);
         true

@@ -176,6 +176,38 @@ fn refused_queues_leave_nothing_behind() {
 }
 
 #[test]
+fn a_queue_whose_deletion_is_refused_is_deleted_again_and_a_reset_frees_its_identifier() {
+    for opcode in [AdminOpcode::DELETE_IO_SQ, AdminOpcode::DELETE_IO_CQ] {
+        let mut bench = Bench::ready();
+        let deletions = |bench: &Bench| bench.fake.admin_seen.iter().filter(|e| e.admin_opcode() == opcode).count();
+        for lasts in [false, true] {
+            let pair = bench.pair(16);
+            let before = deletions(&bench);
+            bench.fake.refuse = Some((opcode, Status::INTERNAL_ERROR));
+            bench.driver.delete_queue_pair(bench.now, pair).expect("nothing outstanding");
+            bench.until("refused", |bench| deletions(bench) > before);
+            assert_eq!(bench.driver.queue_pairs(), 1, "the controller may still use its memory");
+            if lasts {
+                bench.turns(60);
+                assert_eq!(deletions(&bench), before + 4, "tried so often, and no more");
+            }
+            bench.fake.refuse = None;
+            bench.turns(20);
+            assert_eq!(bench.driver.queue_pairs(), usize::from(lasts), "{opcode}, lasts {lasts}");
+        }
+        let generation = bench.driver.generation();
+        bench.driver.reset(bench.now);
+        bench.until("reset", |bench| bench.driver.is_ready() && bench.driver.generation() != generation);
+        assert_eq!(bench.driver.queue_pairs(), 0);
+        // A queue that the controller does not know is gone.
+        let pair = bench.pair(16);
+        bench.fake.refuse = Some((opcode, Status::INVALID_QID.with_dnr()));
+        bench.driver.delete_queue_pair(bench.now, pair).expect("nothing outstanding");
+        bench.until("deleted", |bench| bench.driver.queue_pairs() == 0);
+    }
+}
+
+#[test]
 fn an_admin_command_that_is_never_answered_ends_in_a_reset() {
     let mut bench = Bench::ready();
     bench.fake.hold_features = true;

@@ -185,6 +185,9 @@ impl Inner {
             0x3d => {
                 // The fake's CDQID is the CNTLID it watches.
                 let start = entry.cdw10 >> 16 & 0xf == 1;
+                if self.controllers.get(&id).is_some_and(|c| c.suspended) {
+                    return Answer { status: Status::CONTROLLER_SUSPENDED, ..answer };
+                }
                 self.say(format!("log {start} {id}"));
                 if start {
                     let c = self.controllers.get_mut(&id).expect("controller");

@@ -136,3 +136,36 @@ fn a_throttle_is_lifted_by_the_undo() {
     assert!(matches!(outcome, Outcome::Undone(Reason::NotConverging { .. })), "{outcome:?}");
     world.assert_source_serves();
 }
+
+/// A Suspend that was under way when its attempt was undone may come to be afterwards.
+#[test]
+fn a_source_that_an_earlier_attempt_left_suspended_is_resumed() {
+    let mut world = World::new(config(), |s, _| s.lock().controllers.get_mut(&SOURCE).expect("controller").suspended = true);
+    assert_eq!(world.run(), Outcome::Moved);
+    world.assert_equal();
+    let log = world.log.lock().expect("log").clone();
+    let at = |what: &str| log.iter().position(|line| line == what).unwrap_or_else(|| panic!("{what}: {log:?}"));
+    assert!(at("s resume 1") < at("s log true 1"), "{log:?}");
+
+    // One that cannot be resumed ends the attempt.
+    let mut world = World::new(config(), |s, _| {
+        let mut inner = s.lock();
+        inner.controllers.get_mut(&SOURCE).expect("controller").suspended = true;
+        inner.refuse.insert(0x41, Status::INTERNAL_ERROR);
+    });
+    let outcome = world.run();
+    assert!(matches!(&outcome, Outcome::Undone(Reason::Source(what)) if what.contains("Controller Suspended")), "{outcome:?}");
+}
+
+#[test]
+fn a_throttle_that_does_not_help_ends_after_a_cut_for_each_halving() {
+    let mut tight = config();
+    tight.may_throttle = true;
+    tight.limits = Limits { downtime_budget_us: 1, max_rounds: 3, guest_floor: 1, throttle_ms: 20, ..Limits::default() };
+    let mut world = World::new(tight, |s, d| (s.lock().delay, d.lock().delay) = (5_000, 5_000));
+    world.writes = 30;
+    let outcome = world.run();
+    assert!(matches!(outcome, Outcome::Undone(Reason::NotConverging { .. })), "{outcome:?}");
+    assert!(world.now / 1_000_000 < 34 * 20 + 200, "{} ms", world.now / 1_000_000);
+    world.assert_source_serves();
+}
