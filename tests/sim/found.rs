@@ -1,8 +1,7 @@
 //! Seeds that have found something in the product. They run before any others.
 //!
 //! A seed is a run of one scenario only as long as the generators choose as they did: where they have come to choose otherwise, it
-//! is one more seed. Most of what was mended has a test of its own beside the code; the slow write and the late Set Controller
-//! State that an attempt leaves behind, and marks that outlive a restart, have none but these.
+//! is one more seed. What was mended has a test of its own beside the code.
 
 /// A seed, and what it showed.
 #[derive(Clone, Copy, Debug)]

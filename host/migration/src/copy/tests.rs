@@ -107,6 +107,33 @@ fn zeroes_are_left_out_only_where_they_are_proved() {
     assert!(destination.lock().media.iter().all(|&byte| byte == 0));
 }
 
+/// A mark is no zero: once the source has zeroes there, they go out and end the mark.
+#[test]
+fn zeroes_are_not_left_out_where_a_mark_was_made() {
+    let (source, destination, _, mut media, mut extents) = engine(0, 0);
+    let features = LocalFeatures { reads_zero: true, write_uncorrectable: true, ..LocalFeatures::default() };
+    let local = LocalDestination::new(Box::new(FakeQueue::new(&destination)), AddressSpace::default(), features);
+    let config = CopyConfig { on_media_error: OnMediaError::Mark, ..CopyConfig::default() };
+    let queue = Box::new(FakeQueue::new(&source));
+    let mut engine = Engine::new(queue, &AddressSpace::default(), Box::new(local), config).expect("engine");
+    media.plan(&[]);
+    extents.sweep();
+    let mut copy = |media: &mut Media| {
+        media.namespace(0).expect("namespace").mark(0, 8);
+        for poll in 0..200 {
+            engine.poll(Time(poll), media, Some(&mut extents));
+        }
+        assert!(media.is_clean());
+        engine.uncorrectable().to_vec()
+    };
+    source.lock().unreadable.insert(3);
+    assert_eq!(copy(&mut media), [Uncorrectable { nsid: 1, lba: 3 }]);
+    assert!(destination.lock().unreadable.contains(&3));
+    source.lock().unreadable.clear();
+    assert_eq!(copy(&mut media), []);
+    assert!(destination.lock().unreadable.is_empty(), "the block reads as zeroes at the source");
+}
+
 /// A queue that died before its first command has nothing to give back: the engine says so all the same.
 #[test]
 fn a_source_that_died_idle_is_noticed() {

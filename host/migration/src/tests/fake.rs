@@ -17,6 +17,9 @@ use zerocopy::{FromZeros, IntoBytes};
 
 pub const BLOCK: usize = 512;
 
+/// A delay that no test waits for, ns.
+const HELD: u64 = 1 << 50;
+
 #[derive(Default)]
 pub struct Controller {
     pub suspended: bool,
@@ -39,6 +42,10 @@ pub struct Inner {
     pub nsze: u64,
     pub log: Arc<Mutex<Vec<String>>>,
     pub unreadable: BTreeSet<u64>,
+    /// What was unreadable at the last flush.
+    stable_unreadable: BTreeSet<u64>,
+    /// What Write Uncorrectable ends with, where the drive has it but does not carry it out.
+    pub refuse_marks: Option<Status>,
     pub fail_reads: u32,
     pub fail_writes: u32,
     pub swallow_writes: u32,
@@ -55,7 +62,7 @@ pub struct Inner {
     pub unknown_resume: Option<bool>,
     /// Opcodes of admin commands that are taken but not executed yet.
     pub slow: BTreeSet<u8>,
-    pub slow_now: Vec<(u64, SubmissionEntry)>,
+    pub slow_now: Vec<(u64, SubmissionEntry, Vec<u8>)>,
     pub no_csup: bool,
     pub under_way: Vec<(u64, Command, bool)>,
     pub delay: u64,
@@ -84,6 +91,7 @@ impl Drive {
         identify.cntlid = mmc;
         identify.oacs = identify.oacs.with_hmlms(true);
         identify.trattr = identify.trattr.with_tudcs(true);
+        identify.oncs = identify.oncs.with_compare(true).with_write_uncorrectable(true);
         let mut attached = vec![mmc];
         attached.extend(controllers);
         let controller = |&id: &u16| (id, Controller { state: vec![id as u8; 8], ..Controller::default() });
@@ -96,6 +104,8 @@ impl Drive {
             nsze: blocks,
             log: Arc::clone(log),
             unreadable: BTreeSet::new(),
+            stable_unreadable: BTreeSet::new(),
+            refuse_marks: None,
             fail_reads: 0,
             fail_writes: 0,
             swallow_writes: 0,
@@ -143,10 +153,33 @@ impl Drive {
     pub fn catch_up(&self) {
         let mut inner = self.lock();
         inner.slow.clear();
-        for (ticket, entry) in std::mem::take(&mut inner.slow_now) {
-            let answer = inner.admin(&entry, AdminData::None);
+        for (ticket, entry, out) in std::mem::take(&mut inner.slow_now) {
+            let data = if out.is_empty() { AdminData::None } else { AdminData::Out(&out) };
+            let answer = inner.admin(&entry, data);
             inner.answers.insert(ticket, answer);
         }
+    }
+
+    /// From now on an I/O command ends only when it is [let go](Self::let_go).
+    pub fn hold(&self) {
+        self.lock().delay = HELD;
+    }
+
+    /// What was held ends at the next poll, and nothing is held any more.
+    pub fn let_go(&self) {
+        let mut inner = self.lock();
+        inner.delay = 0;
+        inner.under_way.iter_mut().for_each(|(due, ..)| *due = 0);
+    }
+
+    /// What is held ends at the next poll without anybody knowing how.
+    pub fn lose(&self) {
+        self.lock().under_way.iter_mut().for_each(|(.., swallowed)| *swallowed = true);
+    }
+
+    /// Writes that have not ended.
+    pub fn writes_under_way(&self) -> usize {
+        self.lock().under_way.iter().filter(|(_, command, _)| matches!(command.op, 0x01 | 0x08)).count()
     }
 
     /// Logging stops as by a Track Send that nobody of this migration has sent.
@@ -268,8 +301,12 @@ impl Inner {
         self.generation += 1;
         self.queue_epoch += 1;
         self.health = Health::Ready;
-        self.slow_now.clear();
+        for (ticket, ..) in std::mem::take(&mut self.slow_now) {
+            let answer = Answer { status: Status::ABORTED_SQ_DELETION, result: 0, unknown: true, data: Vec::new() };
+            self.answers.insert(ticket, answer);
+        }
         self.media = self.stable.clone();
+        self.unreadable = self.stable_unreadable.clone();
         self.say("reset".to_owned());
         for controller in self.controllers.values_mut() {
             controller.suspended = false;
@@ -306,10 +343,22 @@ impl Inner {
                     return Status::COMPARE_FAILURE;
                 }
             }
-            (0x08, None) => self.media[from..to].fill(0),
-            (0x04, None) => self.unreadable.extend(range),
+            (0x08, None) => {
+                self.media[from..to].fill(0);
+                self.unreadable.retain(|lba| !range.contains(lba));
+            }
+            (0x04, None) => {
+                if !self.identify.oncs.write_uncorrectable() {
+                    return Status::INVALID_OPCODE;
+                }
+                if let Some(status) = self.refuse_marks {
+                    return status;
+                }
+                self.unreadable.extend(range);
+            }
             (0x00, None) => {
                 self.stable.copy_from_slice(&self.media);
+                self.stable_unreadable = self.unreadable.clone();
                 self.say("flush".to_owned());
             }
             _ => return Status::INVALID_OPCODE,
@@ -441,7 +490,8 @@ impl Mmc for FakeMmc {
         inner.tickets += 1;
         let ticket = inner.tickets;
         if inner.slow.contains(&entry.cdw0.opcode()) {
-            inner.slow_now.push((ticket, *entry));
+            let out = if let AdminData::Out(bytes) = data { bytes.to_vec() } else { Vec::new() };
+            inner.slow_now.push((ticket, *entry, out));
             return Ok(ticket);
         }
         let answer = inner.admin(entry, data);

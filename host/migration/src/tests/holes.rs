@@ -37,10 +37,6 @@ fn late() -> Box<dyn Seat<Cdq>> {
     Box::new(Late { inner: seat::<Cdq>(), held: None })
 }
 
-fn said(world: &World, what: &str) -> bool {
-    world.log.lock().expect("log").iter().any(|line| line == what)
-}
-
 #[test]
 fn tracking_starts_anew_although_the_queue_is_never_seen_empty() {
     let mut world = World::with(config(), |s, _| s.lock().wakes_at_fence = 1, late());

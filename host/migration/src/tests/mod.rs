@@ -2,6 +2,8 @@
 
 pub(crate) mod fake;
 mod holes;
+mod left_behind;
+mod marks;
 mod rules;
 mod ways_back;
 
@@ -147,7 +149,8 @@ impl World {
         }
         prepare(&source, &destination);
         let space = AddressSpace::default();
-        let features = LocalFeatures { compare: true, write_uncorrectable: true, reads_zero: false };
+        let oncs = destination.lock().identify.oncs;
+        let features = LocalFeatures { compare: oncs.compare(), write_uncorrectable: oncs.write_uncorrectable(), reads_zero: false };
         let paper = Paper { log: Arc::clone(&log), ..Paper::default() };
         let with = Ingredients {
             source: Box::new(FakeMmc { drive: source.clone() }),
@@ -231,6 +234,10 @@ impl World {
         let last = self.paper.records.lock().expect("records").last().copied();
         assert!(last.is_none_or(|record| record.owner == crate::Owner::Source), "{last:?}");
     }
+}
+
+fn said(world: &World, what: &str) -> bool {
+    world.log.lock().expect("log").iter().any(|line| line == what)
 }
 
 fn count(log: &[String], what: &str) -> usize {
