@@ -1,7 +1,7 @@
 //! The configuration: any text as `appliance.toml`.
 //!
 //! It asserts that a refusal names a line of the text and a place in it, says what is wrong, and can be shown as the command
-//! line shows it; that what is accepted is accepted again and means the same; and that sizes and durations that were read can
+//! line shows it; that what is accepted is accepted again, means the same and keeps every bound; and that sizes and durations that were read can
 //! be printed and read again without growing.
 
 // The appliance's own module: the crate around it needs the sandbox's runtime, this module does not.
@@ -13,6 +13,7 @@ use appliance::units::{Size, Span};
 use appliance::{Config, ConfigError};
 use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Words that a configuration is made of.
 pub const WORDS: &[&[u8]] = &[
@@ -59,15 +60,52 @@ fn accepted(config: &Config) {
     let file = &config.file;
     assert!(config.subsystem(file.migration.from.get_ref()).is_some() && config.subsystem(file.migration.to.get_ref()).is_some());
     assert_ne!(file.migration.from.get_ref(), file.migration.to.get_ref());
-    for subsystem in &file.subsystems {
+    for policy in [&file.policy.cdq, &file.policy.tracking, &file.policy.copy] {
+        let sha = policy.sha256.as_ref().map(|sha| sha.get_ref());
+        let digits = sha.is_none_or(|sha| sha.len() == 64 && sha.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        assert!(digits, "{sha:?} as a SHA-256");
+    }
+    for (i, subsystem) in file.subsystems.iter().enumerate() {
+        let name = subsystem.name.get_ref();
+        assert!(file.subsystems[..i].iter().all(|other| other.name.get_ref() != name), "two subsystems called {name}");
+        for (text, most) in [(subsystem.serial.get_ref(), 20), (subsystem.model.get_ref(), 40)] {
+            let printable = text.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic());
+            assert!((1..=most).contains(&text.len()) && printable, "\"{text}\" in {most} characters of ASCII");
+        }
+        identifiers(subsystem);
         let managers = subsystem.controllers.iter().filter(|c| c.role == appliance::Role::Management).count();
         assert_eq!(managers, 1, "management controllers");
         for namespace in &subsystem.namespaces {
             assert!(matches!(namespace.block.get_ref().0, 512 | 4096), "blocks of {} bytes", namespace.block.get_ref().0);
-            assert!(appliance::nguid_bytes(namespace.nguid.get_ref()).is_some(), "an NGUID");
+            let nguid = namespace.nguid.get_ref();
+            let digits = nguid.len() == 32 && nguid.bytes().all(|byte| byte.is_ascii_hexdigit());
+            assert!(digits && nguid.bytes().any(|byte| byte != b'0'), "\"{nguid}\" as an NGUID");
+            assert!(appliance::nguid_bytes(nguid).is_some(), "an NGUID");
             let size = namespace.size.as_ref().map(|size| size.get_ref().0);
             assert!(size.is_none_or(|size| size > 0 && size.is_multiple_of(namespace.block.get_ref().0)), "a size of {size:?}");
         }
+    }
+}
+
+/// Namespaces and controllers are told apart, and controllers reach what is there and theirs.
+fn identifiers(subsystem: &appliance::Subsystem) {
+    let mut nsids: Vec<u32> = subsystem.namespaces.iter().map(|namespace| *namespace.nsid.get_ref()).collect();
+    assert!(nsids.iter().all(|nsid| (1..=1024).contains(nsid)), "NSIDs {nsids:?}");
+    let mut cntlids: Vec<u16> = subsystem.controllers.iter().map(|controller| *controller.cntlid.get_ref()).collect();
+    let count = (nsids.len(), cntlids.len());
+    nsids.sort_unstable();
+    nsids.dedup();
+    cntlids.sort_unstable();
+    cntlids.dedup();
+    assert_eq!((nsids.len(), cntlids.len()), count, "NSIDs and CNTLIDs in use twice");
+    for namespace in &subsystem.namespaces {
+        let nsid = namespace.nsid.get_ref();
+        let guests = subsystem.controllers.iter().filter(|controller| controller.role == appliance::Role::Migratable);
+        let users = guests.filter(|controller| controller.namespaces.iter().any(|n| n.get_ref() == nsid)).count();
+        assert!(namespace.shared || users <= 1, "private namespace {nsid} has {users} users");
+    }
+    for nsid in subsystem.controllers.iter().flat_map(|controller| &controller.namespaces) {
+        assert!(nsids.contains(nsid.get_ref()), "namespace {} is not there", nsid.get_ref());
     }
 }
 
@@ -98,7 +136,9 @@ fn unit(word: &str) {
         assert!(again.0.abs_diff(size.0) <= size.0 / 10 + 1, "{word} is {}, shown as {shown}", size.0);
     }
     if let Ok(span) = word.parse::<Span>() {
-        assert!(!span.to_string().is_empty());
+        let shown = span.to_string();
+        let again = shown.parse::<Span>().unwrap_or_else(|error| panic!("{shown}: {error}"));
+        assert!(again.0.abs_diff(span.0) <= span.0 / 10 + Duration::from_micros(1), "{word} is {:?}, shown as {shown}", span.0);
     }
 }
 

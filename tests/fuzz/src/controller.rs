@@ -5,8 +5,9 @@
 //! itself, where a command's data lies over its own list or queue, or over another mapping of the same pages), and, if the
 //! input asks for it, all the time by a second thread.
 //!
-//! It asserts what [`Party::check`] and [`crate::media::Rules`] say, a bound on operations under way, and that the party, its
-//! neighbour and the manager are served once the past is reset away.
+//! It asserts what [`Party::check`] and [`crate::media::Rules`] say, a bound on operations under way, that completions are those
+//! of commands (always where only whole commands are sent, else once the past is reset away), and that the party, its neighbour
+//! and the manager are served once the past is reset away.
 
 use crate::commands;
 use crate::guest::{DATA_PAGE, Party, QUEUES};
@@ -189,6 +190,15 @@ impl World {
             self.good(who, 1, &SubmissionEntry::read(nsid, slba, 1).with_prps(page + BLOCK as u64, 0));
             assert_eq!(self.parties[who].get(DATA_PAGE * PAGE + BLOCK, BLOCK), bytes, "what party {who} wrote");
         }
+        for wrong in [SubmissionEntry::read(99, 0, 1), SubmissionEntry::read(nsid, BLOCKS as u64, 1)] {
+            let done = self.command(who, 1, &wrong.with_prps(page, 0));
+            assert!(done.status().is_error(), "{wrong:?} of party {who}: {done:?}");
+        }
+        // Identify and the creation of a queue pair; two writes and four reads.
+        self.polls(3);
+        self.parties[who].check_completions();
+        let found = [0, 1].map(|qid| self.parties[who].completions(qid));
+        assert_eq!(found, [3, 6], "completions for party {who}");
     }
 
     /// What holds at any time.
@@ -243,6 +253,7 @@ pub fn run(data: &[u8]) {
     // Whatever the past was, a reset ends it.
     if play.whole {
         world.media[0].rules(|rules| rules.ranges = None);
+        world.parties[GUEST].check_completions();
     }
     world.media[2].rules(|rules| rules.untouched = false);
     world.parties[GUEST].data_only = false;

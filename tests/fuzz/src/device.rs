@@ -10,7 +10,7 @@ use dray_nvme::feature::FeatureId;
 use dray_nvme::identify::{Cns, IdentifyController, write_ascii};
 use dray_nvme::registers::{Aqa, Cap, Cc, Csts, ShutdownNotification, ShutdownStatus, offset};
 use dray_nvme::status::Status;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use zerocopy::{FromBytes, IntoBytes};
@@ -56,6 +56,10 @@ struct Inner {
     aers: VecDeque<u16>,
     held: VecDeque<(u16, SubmissionEntry)>,
     last: Option<(u16, CompletionEntry)>,
+    /// SQID and CID of every completion posted.
+    posted: BTreeSet<(u16, u16)>,
+    /// Memory was written to at will: completions may have come about that were never posted.
+    scribbled: bool,
     rings: Vec<Ring>,
     page: Vec<u8>,
     state: Vec<u8>,
@@ -101,6 +105,8 @@ impl Device {
             aers: VecDeque::new(),
             held: VecDeque::new(),
             last: None,
+            posted: BTreeSet::new(),
+            scribbled: false,
             rings: Vec::new(),
             page: honest_page(),
             state: vec![0; 256],
@@ -144,6 +150,13 @@ impl Device {
             let Some((qid, entry)) = inner.held.pop_front() else { break };
             inner.answer(qid, &entry);
         }
+    }
+
+    /// Whether a completion with that SQID and CID may lie in the memory that the driver reads.
+    #[must_use]
+    pub fn may_have_ended(&self, sqid: u16, cid: u16) -> bool {
+        let inner = self.lock();
+        inner.scribbled || inner.posted.contains(&(sqid, cid))
     }
 
     /// Something that no device should do.
@@ -217,6 +230,7 @@ impl Inner {
         pair.cq_tail = pair.cq_tail.wrapping_add(1);
         entry.status_phase = StatusPhase::new().with_phase(phase).with_status(entry.status());
         self.write(at, entry.as_bytes());
+        self.posted.insert((entry.sqid, entry.cid));
         self.last = Some((qid, entry));
     }
 
@@ -432,6 +446,7 @@ impl Inner {
 
     /// Writes anywhere that is mapped for the device: queues, lists, pages of data.
     fn scribble(&mut self, input: &mut Input<'_>) {
+        self.scribbled = true;
         let mappings = self.reader.mappings();
         if mappings.is_empty() {
             return;

@@ -1,7 +1,8 @@
 //! The driver before a hostile device: registers that read anything (all ones included), completions that nobody asked for,
 //! entries of controller data queues, events, Identify pages, and writes to whatever memory is mapped for the device.
 //!
-//! It asserts that every command that was taken ends exactly once, that nothing ends that was not taken, that answers and
+//! It asserts that every command that was taken ends exactly once, and with a status only if the device posted one for it; that
+//! nothing ends that was not taken, that answers and
 //! batches are no longer than asked for, that errors are values, that queue pairs are no more than the driver says were
 //! granted, and that after all that a reset brings the driver up on a device that behaves.
 
@@ -20,7 +21,7 @@ use dray_driver::{
 use dray_nvme::command::{AdminOpcode, FeatureSelect, SubmissionEntry};
 use dray_nvme::feature::FeatureId;
 use dray_nvme::identify::{Cns, CommandSetId};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 const MOST_STEPS: usize = 250;
@@ -33,20 +34,37 @@ const STATE_LIMIT: usize = 16 << 10;
 /// Things of each kind at a time.
 const MOST: usize = 6;
 
-/// A queue pair, and the tags that are outstanding in it.
+/// I/O queues that the driver is to ask for.
+const IO_QUEUES: u16 = 4;
+
+/// A queue pair, and the tags that are outstanding in it with their CIDs.
 struct Pair {
     queue: QueuePair,
-    tags: BTreeSet<u64>,
+    tags: BTreeMap<u64, u16>,
 }
 
 impl Pair {
-    fn end(tags: &mut BTreeSet<u64>, completion: Completion) {
-        assert!(tags.remove(&completion.tag), "{completion:?} of a command that was not outstanding");
+    /// A command was taken.
+    fn remember(&mut self, tag: u64) {
+        let (_, cid) = self.queue.identifiers().find(|(of, _)| *of == tag).expect("taken, so it has a CID");
+        assert!(!self.tags.values().any(|other| *other == cid), "CID {cid} twice");
+        self.tags.insert(tag, cid);
     }
 
-    fn poll(&mut self, now: Time) {
-        let tags = &mut self.tags;
-        self.queue.poll(now, &mut |completion| Self::end(tags, completion));
+    fn end(&mut self, device: &Device, completion: Completion) {
+        let cid = self.tags.remove(&completion.tag);
+        let cid = cid.unwrap_or_else(|| panic!("{completion:?} of a command that was not outstanding"));
+        if !completion.unknown {
+            assert!(device.may_have_ended(self.queue.qid(), cid), "{completion:?} of CID {cid}, which the device has not ended");
+            let status = completion.status;
+            assert!(!status.is_error() || !matches!(status.sct().0, 4..=6), "{completion:?} with a reserved status");
+        }
+    }
+
+    fn poll(&mut self, device: &Device, now: Time) {
+        let mut ended = Vec::new();
+        self.queue.poll(now, &mut |completion| ended.push(completion));
+        ended.into_iter().for_each(|completion| self.end(device, completion));
         assert_eq!(self.queue.outstanding(), self.tags.len(), "commands outstanding");
     }
 }
@@ -94,7 +112,7 @@ impl Bench {
             admin_entries: if bits & 1 == 0 { 32 } else { 8 },
             admin_timeout_ms: 1_000,
             io_timeout_ms: 400,
-            io_queues: 4,
+            io_queues: IO_QUEUES,
             max_transfer_bytes: if bits & 2 == 0 { 64 << 10 } else { 4096 },
             ..DriverConfig::default()
         };
@@ -134,7 +152,7 @@ impl Bench {
     }
 
     fn collect(&mut self) {
-        let Self { driver, now, .. } = self;
+        let Self { driver, now, device, .. } = self;
         while let Some(event) = driver.next_event() {
             for queue in &mut self.queues {
                 let _own = queue.on_event(&event);
@@ -155,13 +173,13 @@ impl Bench {
         let pairs = &mut self.pairs;
         self.tickets.retain(|ticket| match driver.queue_pair(ticket) {
             Some(Ok(queue)) => {
-                pairs.push(Pair { queue, tags: BTreeSet::new() });
+                pairs.push(Pair { queue, tags: BTreeMap::new() });
                 false
             }
             Some(Err(error)) => error.to_string().is_empty(),
             None => true,
         });
-        self.pairs.iter_mut().for_each(|pair| pair.poll(*now));
+        self.pairs.iter_mut().for_each(|pair| pair.poll(device, *now));
     }
 
     fn until_ready(&mut self) {
@@ -215,7 +233,7 @@ impl Bench {
         match pair.queue.submit(self.now, &entry, &data, tag) {
             Ok(()) => {
                 self.next_tag += 1;
-                pair.tags.insert(tag);
+                pair.remember(tag);
             }
             Err(SubmitError::Full) => assert_eq!(pair.queue.free(), 0, "full with room"),
             Err(_) => {}
@@ -345,6 +363,10 @@ impl Bench {
         if let DriverState::Failed(error) = self.driver.state() {
             assert!(!error.to_string().is_empty());
         }
+        let granted = self.driver.queues_granted();
+        assert!(granted <= IO_QUEUES, "{granted} queues granted, {IO_QUEUES} were to be asked for");
+        let live = self.pairs.iter().filter(|pair| !pair.queue.is_dead()).count();
+        assert!(live <= usize::from(granted), "{live} queue pairs, {granted} granted");
         assert!(self.driver.queue_pairs() <= 2 * MOST + 64, "{} queue pairs", self.driver.queue_pairs());
     }
 
@@ -376,7 +398,7 @@ impl Bench {
         let pair = self.pairs.first_mut().expect("a queue pair on a device that behaves");
         let piece = self.data.buffer().part(0, 4096).expect("a page");
         pair.queue.submit(self.now, &SubmissionEntry::read(1, 0, 8), &[piece], u64::MAX).expect("room");
-        pair.tags.insert(u64::MAX);
+        pair.remember(u64::MAX);
         pair.queue.commit();
         self.turns(4, 100);
         assert!(self.pairs[0].tags.is_empty(), "a read that never ends on a device that behaves");

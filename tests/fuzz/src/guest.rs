@@ -124,6 +124,29 @@ impl Party {
         }
     }
 
+    /// Asserts that the controller's entries in the completion queues of the party's own are those of commands that it was
+    /// given, in queues whose memory nobody else has written to.
+    ///
+    /// # Panics
+    /// When there is another.
+    pub fn check_completions(&self) {
+        for qid in 0..QUEUES {
+            for at in 0..usize::from(ENTRIES) {
+                let bytes = self.get((2 * qid + 1) * PAGE + at * 16, 16);
+                let entry = CompletionEntry::read_from_bytes(&bytes).expect("16 bytes");
+                let known = entry.cid <= self.cid && usize::from(entry.sqid) == qid;
+                assert!(entry.as_bytes() == [0; 16] || known, "{entry:?} in queue {qid} is no command's");
+            }
+        }
+    }
+
+    /// Entries in a completion queue that nobody else has written to since it was new, and that has not been filled once.
+    #[must_use]
+    pub fn completions(&self, qid: usize) -> usize {
+        let slot = |at: u16| self.get((2 * qid + 1) * PAGE + usize::from(at) * 16, 16);
+        (0..ENTRIES).filter(|at| slot(*at).iter().any(|byte| *byte != 0)).count()
+    }
+
     /// Looks whether an unmapping is done.
     pub fn attend(&mut self) {
         if let Extra::Leaving(unmapping) = &self.extra

@@ -1,7 +1,7 @@
 //! Policies whose answers are any bytes, behind the guard, before the pump, the map and the copy.
 //!
 //! It asserts the host's guarantees. Complete: every range of an entry that was given back is dirty at that moment, whatever
-//! the policy returned. Bounded: every answer that leaves the guard passes the role's checks. Live: a policy that will not
+//! the policy returned. Bounded: every answer that leaves the guard passes the role's checks, and checks of this target's own. Live: a policy that will not
 //! drain does not keep the queue from being drained. Released only what was applied: never more than was shown. And of the copy:
 //! a piece lies in its namespace, is dirty, is no longer than asked for; a sweep hands every dirty block out once.
 
@@ -15,7 +15,7 @@ use dray_policy::guard::{Guard, Limits};
 use dray_policy::native::{Native, NativeFactory};
 use dray_policy::packed::{Extent, Range};
 use dray_policy::role::{
-    Cdq, CdqAnswer, CdqQueue, CdqRequest, Copy, CopyAnswer, CopyRequest, Marks, Role, RoundReport, Then, Tracking,
+    Cdq, CdqAnswer, CdqQueue, CdqRequest, Copy, CopyAnswer, CopyRequest, MAX_EXTENTS, Marks, Role, RoundReport, Then, Tracking,
     TrackingAnswer, TrackingRequest,
 };
 use dray_policy::seam::{Exchange, Factory, Fault, Identity, Meter, Opening, Policy, Seat, Setup};
@@ -48,6 +48,8 @@ impl Script {
 
 /// A role whose answers can be made of bytes.
 trait Made: Role + Native {
+    /// Asserts the bounds of an answer as the interface names them; the guard's own check is not asked.
+    fn bounded(setup: &Setup, request: &Self::Request, answer: &Self::Answer);
     fn make(request: &Self::Request, answer: &mut Self::Answer, input: &mut Input<'_>);
 }
 
@@ -65,7 +67,23 @@ fn tail(into: &mut Vec<u8>, input: &mut Input<'_>) {
     into.extend_from_slice(input.bytes(len));
 }
 
+/// Asserts that blocks lie in a namespace that moves.
+fn inside(setup: &Setup, nsid: u32, slba: u64, blocks: u32) {
+    let size = setup.namespaces.iter().find(|namespace| namespace.nsid == nsid).map(|namespace| namespace.blocks);
+    let size = size.unwrap_or_else(|| panic!("namespace {nsid} does not move"));
+    assert!(u128::from(slba) + u128::from(blocks) <= size.into(), "{blocks} blocks at LBA {slba} leave namespace {nsid}");
+}
+
 impl Made for Cdq {
+    fn bounded(setup: &Setup, request: &CdqRequest, answer: &CdqAnswer) {
+        let (shown, count) = (request.entries.len() / 32, answer.ranges.len() / 16);
+        assert!(answer.consumed as usize <= shown, "{} of {shown} entries consumed", answer.consumed);
+        assert!(answer.ranges.len().is_multiple_of(16) && count <= shown * 4, "{count} ranges for {shown} entries");
+        for range in answer.ranges.as_chunks().0.iter().map(Range::unpack) {
+            inside(setup, range.nsid, range.slba, range.blocks);
+        }
+    }
+
     fn make(request: &CdqRequest, answer: &mut CdqAnswer, input: &mut Input<'_>) {
         let shown = (request.entries.len() / 32) as u32;
         answer.consumed = if input.flag() { input.number32() } else { shown.saturating_sub(u32::from(input.u8() & 3)) };
@@ -87,6 +105,15 @@ impl Made for Cdq {
 }
 
 impl Made for Tracking {
+    fn bounded(_: &Setup, request: &TrackingRequest, answer: &TrackingAnswer) {
+        assert_eq!(answer.choices.len(), request.regions.len() / 32, "choices");
+        for (region, choice) in dray_policy::packed::regions(&request.regions).zip(&answer.choices) {
+            let chunk = 1u64 << (choice & 31);
+            assert!(chunk <= 1 << 24 && chunk <= u64::from(region.blocks).next_power_of_two(), "{chunk} blocks of {region:?}");
+            assert_eq!(choice & 0x60, 0, "reserved bits of a choice");
+        }
+    }
+
     fn make(request: &TrackingRequest, answer: &mut TrackingAnswer, input: &mut Input<'_>) {
         let shown = request.regions.len() / 32;
         let pattern = input.bytes(8);
@@ -98,6 +125,18 @@ impl Made for Tracking {
 }
 
 impl Made for Copy {
+    fn bounded(setup: &Setup, request: &CopyRequest, answer: &CopyAnswer) {
+        let count = answer.extents.len() / 16;
+        assert!(answer.extents.len().is_multiple_of(16) && count <= MAX_EXTENTS, "{count} extents");
+        for extent in answer.extents.as_chunks().0.iter().map(Extent::unpack) {
+            assert!(extent.blocks > 0, "an extent of no blocks");
+            inside(setup, extent.nsid, extent.slba, extent.blocks);
+        }
+        let left = request.left_blocks > request.queued_blocks;
+        let stays = count == 0 && answer.wait_us == 0 && answer.then == Then::GoOn;
+        assert!(!(left && stays), "nothing to copy and no wait");
+    }
+
     fn make(_: &CopyRequest, answer: &mut CopyAnswer, input: &mut Input<'_>) {
         for _ in 0..input.below(20) {
             let (nsid, slba, blocks) = (nsid(input), input.number(), input.number32() & ((1 << 30) - 1));
@@ -208,6 +247,7 @@ impl<R: Made> Seat<R> for Checked<R> {
         let exchange = self.guard.poll()?;
         let Opening { setup, extra } = &self.opening;
         let checked = R::check(setup, extra, &exchange.request, &exchange.answer);
+        R::bounded(setup, &exchange.request, &exchange.answer);
         assert!(checked.is_ok(), "{checked:?} behind the guard: {:?}", exchange.answer);
         Some(exchange)
     }

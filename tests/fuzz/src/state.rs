@@ -2,7 +2,7 @@
 //! the management controller in pieces, in order or not, to the controller that it came from or to another one that the
 //! guest's slot has been pointed at.
 //!
-//! It asserts that a state that decodes is encoded to what decodes to the same; that what was accepted is read back, but for
+//! It asserts that an honest state is accepted; that a state that decodes is encoded to what decodes to the same; that what was accepted is read back, but for
 //! what the destination decides by itself (see `comparable`); that what was refused left the controller as it was; that Resume
 //! and what follows stay inside the guest's memory and namespaces; and that a reset then brings everybody back.
 
@@ -88,9 +88,9 @@ fn transfer(world: &mut World, target: u16, from: Vec<u8>, bits: u8, input: &mut
             for _ in 0..input.below(6) {
                 edit(&mut state, input);
             }
-            encode(&state, input.u8() < 240, input.u8() < 240).unwrap_or(from)
+            encode(&state, input.u8() < 240, input.u8() < 240).unwrap_or_else(|_| from.clone())
         }
-        _ => from,
+        _ => from.clone(),
     };
     if bits & 8 != 0 {
         for _ in 0..input.below(8) {
@@ -104,6 +104,8 @@ fn transfer(world: &mut World, target: u16, from: Vec<u8>, bits: u8, input: &mut
     let before = get(world, target).expect("a suspended controller");
     let accepted = set(world, target, &bytes, input);
     let after = get(world, target).expect("a suspended controller");
+    // Another controller like it has nothing that stands in the way.
+    assert!(accepted || noisy || target != NEIGHBOUR || bytes != from, "an honest state was refused");
     let read = |bytes: &[u8]| decode(bytes, true, true).expect("a state of ours");
     if accepted {
         let sent = decode(&bytes, true, true).expect("accepted, so it decodes");
@@ -114,6 +116,17 @@ fn transfer(world: &mut World, target: u16, from: Vec<u8>, bits: u8, input: &mut
     }
     if input.u8() < 200 {
         world.command(HOST, 0, &SubmissionEntry::resume(target));
+        traffic(world);
+    }
+}
+
+/// The guest goes on where it was: commands in every queue that it had, whatever these are by now.
+fn traffic(world: &mut World) {
+    let page = world.parties[GUEST].page(DATA_PAGE);
+    for qid in 0..3 {
+        let entry = if qid == 0 { SubmissionEntry::keep_alive() } else { SubmissionEntry::read(1, 0, 1).with_prps(page, 0) };
+        world.parties[GUEST].push(qid, &entry);
+        world.parties[GUEST].ring(qid, 0);
     }
 }
 
