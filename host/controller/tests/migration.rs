@@ -287,6 +287,26 @@ fn a_state_that_grants_one_kind_of_queue_alone_is_refused() {
 }
 
 #[test]
+fn a_controller_with_io_queues_of_its_own_takes_no_state() {
+    let mut world = World::new();
+    let (mut manager, mut guest) = (world.ready(MMC), world.ready(MC));
+    suspend(&mut world, &mut manager);
+    let bare = state(&mut world, &mut manager);
+    assert_ok(manager.admin(&mut world, SubmissionEntry::resume(MC)));
+    guest.create_pair(&mut world, 1, 16, Some(1));
+    suspend(&mut world, &mut manager);
+    let full = state(&mut world, &mut manager);
+    assert_ne!(bare, full);
+    // One without queues as well: theirs would outlive it.
+    for bytes in [&bare, &full] {
+        assert!(set_state(&mut world, &mut manager, bytes).status().is(Status::INVALID_FIELD));
+    }
+    assert_eq!(state(&mut world, &mut manager), full, "as it was");
+    assert_ok(manager.admin(&mut world, SubmissionEntry::resume(MC)));
+    assert_ok(guest.read(&mut world, 1, 0, 1).0);
+}
+
+#[test]
 fn a_reset_that_came_in_between_is_done_at_resume() {
     let (mut source, mut target) = (World::new(), World::new());
     let (mut s_manager, mut d_manager) = (source.ready(MMC), target.ready(MMC));
