@@ -30,6 +30,8 @@ struct Queue {
     first: u32,
     seen: u64,
     released: u64,
+    /// Entries seen up to the last one that said that the queue is full.
+    last: u64,
     head: u32,
     /// Logging runs since this event.
     since: Option<u64>,
@@ -225,7 +227,12 @@ impl Log {
             match entry.esa() {
                 // The log goes on after Resume.
                 Esa::FIRST if queue.slots.is_some() => (queue.since, queue.over) = (queue.since.or(Some(clock)), false),
-                esa if esa.is_last() => (queue.since, queue.over) = (None, true),
+                esa if esa.is_last() => {
+                    (queue.since, queue.over) = (None, true);
+                    if esa == Esa::FULL {
+                        queue.last = queue.seen;
+                    }
+                }
                 _ => {}
             }
         }
@@ -262,7 +269,9 @@ impl Log {
                 match (cdw10.sel(), cdw10.lact()) {
                     (TrackSendSelect::LOG_USER_DATA_CHANGES, 0) => self.interrupt(|queue| (queue.side, queue.id) == (side, id)),
                     (TrackSendSelect::LOG_USER_DATA_CHANGES, 1) => {
-                        if let Some(queue) = self.find(side, id) {
+                        // A log that has ended goes on behind its last entry: before the host has given that back there is no
+                        // room for more, and a device that takes the command all the same (section 16) logs nothing.
+                        if let Some(queue) = self.find(side, id).filter(|queue| queue.released >= queue.last) {
                             queue.over = false;
                         }
                     }
@@ -354,7 +363,7 @@ impl Command {
 
 impl Queue {
     fn new(side: Side, id: u16, cntlid: u16, slots: Option<u32>, first: u32) -> Self {
-        Self { side, id, cntlid, slots, first, seen: 0, released: 0, head: 0, since: None, over: false, lying: None }
+        Self { side, id, cntlid, slots, first, seen: 0, released: 0, head: 0, last: 0, since: None, over: false, lying: None }
     }
 }
 

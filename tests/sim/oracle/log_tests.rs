@@ -105,9 +105,12 @@ fn an_answer_that_is_late_does_not_say_that_logging_still_runs() {
         all(&mut logging(), &late).expect("it ended before the answer came");
         let resumed = [&again()[..], &[end.clone(), answered(start)], &again()[1..], &write].concat();
         assert!(all(&mut logging(), &resumed).is_err(), "it goes on");
-        let restarted = [&[end][..], &[admin(start), answered(start)], &write].concat();
+        let given_back = admin(SubmissionEntry::set_cdq_feature(0, 1, None));
+        let restarted = [&[end, given_back][..], &[admin(start), answered(start)], &write].concat();
         assert!(all(&mut logging(), &restarted).is_err(), "it was started again");
     }
+    let full = [&[entry(1, UdmqEntry::marker(Esa::FULL)), admin(start), answered(start)][..], &write].concat();
+    all(&mut logging(), &full).expect("full still: the host has not seen it, and nothing is logged");
 }
 
 #[test]
