@@ -2,8 +2,9 @@
 //!
 //! **What it does.** Registers, submission and completion entries, the command dwords and builders of every command
 //! that Dray sends or serves, status codes with their names, Identify pages, log pages, features, asynchronous events,
-//! SGL descriptors, the doorbell buffer, and what live migration adds: the controller data queue and its user data
-//! migration queue (UDMQ) entries, Track Send/Receive buffers and the controller state of Migration Send/Receive.
+//! SGL descriptors, the doorbell buffer, NVMe/TCP PDUs and fabrics commands, DH-HMAC-CHAP authentication ([`auth`]), and
+//! what live migration adds: the controller data queue and its user data migration queue (UDMQ) entries, Track
+//! Send/Receive buffers and the controller state of Migration Send/Receive.
 //! Sizes and the offsets that matter are asserted at compile time. Every value is *open*: a code that this crate does
 //! not know, and every reserved bit, survives decoding and encoding. No function panics on any input.
 //!
@@ -12,7 +13,7 @@
 //! Sections are those of the NVM Express Base Specification 2.3 ("Base 2.3") and of the NVM Command Set Specification
 //! ("NVMCS"). A builder's data pointer is zero unless it takes one; the command identifier is the queue's to set.
 //!
-//! **What it does not do yet.** NVMe/TCP PDUs; command sets other than NVM (opcodes and structures of ZNS and KV);
+//! **What it does not do yet.** Command sets other than NVM (opcodes and structures of ZNS and KV);
 //! Identify Namespace NVM (CNS 05h, needed by extended LBA formats only); reservations, directives, security and
 //! firmware commands; the contents of CMB, PMR and boot-partition registers. Checks that need a controller's limits
 //! (MDTS, MQES, namespace size) belong to the driver and to the controller, not here.
@@ -25,9 +26,12 @@
 #[cfg(not(target_endian = "little"))]
 compile_error!("dray-nvme lays structures out as the wire does, so it needs a little-endian host");
 
+extern crate alloc;
+
 #[macro_use]
 mod macros;
 
+pub mod auth;
 pub mod cdq;
 pub mod command;
 pub mod doorbell_buffer;
@@ -38,6 +42,7 @@ pub mod log;
 pub mod registers;
 pub mod state;
 pub mod status;
+pub mod tcp;
 pub mod track;
 
 /// An output buffer is too small for what was to be written into it.
