@@ -12,8 +12,12 @@ use dray_nvme::registers::offset;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
-/// Bytes of BAR0: registers and doorbells of 512 queue pairs at stride 0.
-pub const BAR_BYTES: usize = 2 * PAGE;
+/// Bytes of BAR0: a page of registers, a page of doorbells, and two that read zero: clients expect 16 KiB at least.
+pub const BAR_BYTES: usize = 4 * PAGE;
+/// Where the doorbells end: those of 512 queue pairs at stride 0.
+pub const DOORBELLS_END: u32 = offset::DOORBELLS + PAGE as u32;
+/// Bytes of [`Bar::save`].
+pub const SAVED_BYTES: usize = 32 + PAGE;
 
 const CC_EN: u32 = 1;
 
@@ -42,6 +46,8 @@ impl Bar {
     /// [`MemoryError`].
     pub fn new() -> Result<Self, MemoryError> {
         let arena = Arena::new("dray-bar", BAR_BYTES, Pages::Small)?;
+        // Clients get the descriptor: none of them may seal it against the next one.
+        let _only_a_guard = rustix::fs::fcntl_add_seals(&*arena, rustix::fs::SealFlags::SEAL);
         Ok(Self { arena, resets: AtomicU32::new(0), changing: Mutex::new(()) })
     }
 
@@ -79,15 +85,47 @@ impl Bar {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A function-level reset: what clearing CC.EN does, and CC itself, AQA, ASQ and ACQ back to zero.
+    /// A function-level reset: what clearing CC.EN does, and CC itself, AQA, ASQ, ACQ and the interrupt masks back to
+    /// zero.
     pub fn function_reset(&self) {
         let _change = self.change();
-        for register in [offset::CC, offset::AQA] {
+        for register in [offset::CC, offset::AQA, offset::INTMS, offset::INTMC] {
             self.store32(register, 0);
         }
         self.store64(offset::ASQ, 0);
         self.store64(offset::ACQ, 0);
         self.resets.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// What the guest has written: registers and doorbells, and how often it has reset the controller. For whoever continues the
+    /// function in another process.
+    #[must_use]
+    pub fn save(&self) -> [u8; SAVED_BYTES] {
+        let mut saved = [0; SAVED_BYTES];
+        let _rest = self.change();
+        let words = [self.resets(), self.load32(offset::CC), self.load32(offset::AQA), self.load32(offset::INTMS)];
+        for (into, word) in saved.chunks_exact_mut(4).zip(words) {
+            into.copy_from_slice(&word.to_le_bytes());
+        }
+        saved[16..24].copy_from_slice(&self.load64(offset::ASQ).to_le_bytes());
+        saved[24..32].copy_from_slice(&self.load64(offset::ACQ).to_le_bytes());
+        self.arena.read(offset::DOORBELLS as usize, &mut saved[32..]);
+        saved
+    }
+
+    /// Takes over what another function's guest has written. The controller behind this one is suspended, and knows of it.
+    pub fn restore(&self, saved: &[u8; SAVED_BYTES]) {
+        let word = |at: usize| u32::from_le_bytes([saved[at], saved[at + 1], saved[at + 2], saved[at + 3]]);
+        let _change = self.change();
+        self.arena.write(offset::DOORBELLS as usize, &saved[32..]);
+        self.store32(offset::AQA, word(8));
+        self.store32(offset::INTMS, word(12));
+        self.store32(offset::INTMC, word(12));
+        for (register, at) in [(offset::ASQ, 16), (offset::ASQ + 4, 20), (offset::ACQ, 24), (offset::ACQ + 4, 28)] {
+            self.store32(register, word(at));
+        }
+        self.store32(offset::CC, word(4));
+        self.resets.store(word(0), Ordering::Release);
     }
 
     /// A write of 4 or 8 bytes as the guest makes it. Writes to read-only registers, of other sizes or unaligned change nothing.
@@ -107,7 +145,7 @@ impl Bar {
     /// A 4-byte write as the guest makes it.
     #[inline]
     pub fn guest_write32(&self, at: u32, value: u32) {
-        if !at.is_multiple_of(4) || at as usize + 4 > self.arena.len() {
+        if !at.is_multiple_of(4) || at >= DOORBELLS_END {
             return;
         }
         match at {
@@ -195,13 +233,30 @@ mod tests {
     fn read_only_unaligned_and_outside_writes_change_nothing() {
         let bar = Bar::new().expect("bar");
         bar.store64(offset::CAP, 0x1122);
-        for at in [offset::CAP, offset::CSTS, offset::CC + 1, BAR_BYTES as u32, u32::MAX - 3, u32::MAX] {
+        for at in [offset::CAP, offset::CSTS, offset::CC + 1, DOORBELLS_END, BAR_BYTES as u32, u32::MAX - 3, u32::MAX] {
             bar.guest_write32(at, !0);
         }
         bar.guest_write(offset::CC, &[1, 2]);
         bar.guest_write(u32::MAX - 3, &[255; 8]);
         assert_eq!((bar.load64(offset::CAP), bar.load32(offset::CSTS), bar.load32(offset::CC)), (0x1122, 0, 0));
         assert_eq!(bar.guest_read32(offset::DOORBELLS), 0);
+        assert!(bar.arena().is_zero(DOORBELLS_END as usize, BAR_BYTES - DOORBELLS_END as usize));
+    }
+
+    #[test]
+    fn what_the_guest_wrote_goes_on_elsewhere() {
+        let (here, there) = (Bar::new().expect("bar"), Bar::new().expect("bar"));
+        here.store32(offset::CSTS, 1);
+        for (at, value) in [(offset::AQA, 7), (offset::ASQ, 0x1000), (offset::ACQ + 4, 9), (offset::INTMS, 2), (0x1ffc, 3)] {
+            here.guest_write32(at, value);
+        }
+        here.guest_write32(offset::CC, 1);
+        here.guest_write32(offset::CC, 0);
+        here.guest_write32(offset::CC, 1);
+        there.restore(&here.save());
+        assert_eq!(there.save(), here.save());
+        assert_eq!((there.resets(), there.load32(offset::CC), there.load64(offset::ACQ)), (1, 1, 9 << 32));
+        assert_eq!((there.load32(0x1ffc), there.load32(offset::INTMC), there.load32(offset::CSTS)), (3, 2, 0));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 /// One line: signalled by whoever has an event, read by whoever waits. Clones share the line.
@@ -25,6 +25,21 @@ impl EventLine {
     #[must_use]
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self { fd: Arc::new(fd) }
+    }
+
+    /// A line around a descriptor that a client sent: it must be an eventfd, since a write to anything else could do anything, and
+    /// is made non-blocking. Its other owner could make it block again; then only a counter that it has filled to the brim
+    /// holds a signal up.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] for other descriptors; the kernel's.
+    pub fn from_client(fd: OwnedFd) -> io::Result<Self> {
+        let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
+        if !about.lines().any(|line| line.starts_with("eventfd-count:")) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not an eventfd"));
+        }
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        Ok(Self::from_fd(fd))
     }
 
     /// Signals the line. A line whose counter is full is signalled already.
@@ -60,5 +75,16 @@ mod tests {
         line.clone().signal();
         assert_eq!(line.take(), 2);
         assert_eq!(line.take(), 0);
+    }
+
+    #[test]
+    fn a_clients_line_is_an_eventfd_that_does_not_block() {
+        let blocking = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
+        let line = EventLine::from_client(blocking.try_clone().expect("clone")).expect("line");
+        rustix::io::write(&blocking, &(u64::MAX - 1).to_ne_bytes()).expect("fill");
+        line.signal();
+        assert_eq!(line.take(), u64::MAX - 1);
+        let (pipe, _write) = std::io::pipe().expect("pipe");
+        assert!(EventLine::from_client(pipe.into()).is_err());
     }
 }

@@ -4,6 +4,8 @@
 //! Not here: event lines, which are the kernel's, and the io_uring rings, whose indices are the `io-uring` crate's.
 
 use crate::bar::{Bar, Control};
+use crate::event::EventLine;
+use crate::line::Vector;
 use crate::memory::{DmaBuffer, PAGE, Pages};
 use crate::poll::{Jobs, Pending};
 use crate::slot::{Connector, Fence, Port, Slot};
@@ -223,6 +225,20 @@ fn what_was_mapped_before_the_doorbell_is_found_by_who_sees_the_doorbell() {
         slot.space().map_at(0x10_0000, &memory, true).expect("map");
         slot.function().doorbell(BELL).expect("doorbell").ring(1);
         controller.join().expect("controller");
+    });
+}
+
+#[test]
+fn a_signal_reaches_the_line_that_comes_meanwhile() {
+    loom::model(|| {
+        let (vector, line) = (Arc::new(Vector::new(None)), EventLine::new().expect("line"));
+        let controller = {
+            let vector = Arc::clone(&vector);
+            thread::spawn(move || vector.signal())
+        };
+        vector.set(Some(line.clone()));
+        controller.join().expect("controller");
+        assert!(!vector.is_pending() && line.take() == 1, "an interrupt is lost");
     });
 }
 

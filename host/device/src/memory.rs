@@ -13,7 +13,8 @@ mod access;
 #[cfg(loom)]
 mod modelled;
 
-use rustix::fs::{MemfdFlags, SealFlags};
+use crate::fault::Watched;
+use rustix::fs::{FileType, MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::ffi::c_void;
 use std::io;
@@ -61,7 +62,26 @@ pub enum MemoryError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// A descriptor that another process sent is not memory that may be mapped.
+    #[error("memory sent by descriptor is refused: {0}")]
+    Refused(&'static str),
 }
+
+/// What may be done with memory that another process sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Only read.
+    Read,
+    /// Read and written.
+    ReadWrite,
+}
+
+/// The filesystems whose files may be mapped when another process sends them: memory (tmpfs and memfd, ramfs, hugetlbfs) and
+/// local disks (ext4, xfs, btrfs, f2fs, overlay). With any other an access might wait for the very process that sent it.
+const TRUSTED_FILESYSTEMS: [u64; 8] =
+    [TMPFS, 0x8584_58f6, HUGETLBFS, 0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x794c_7630];
+const TMPFS: u64 = 0x0102_1994;
+const HUGETLBFS: u64 = 0x9584_58f6;
 
 /// A mapping of shared memory.
 #[derive(Debug)]
@@ -71,6 +91,12 @@ pub struct Arena {
     fd: OwnedFd,
     huge: bool,
     writable: bool,
+    /// Where the arena begins in its file.
+    file_offset: u64,
+    /// Bytes mapped before the arena and in all: a page of the file may be larger than one of the arena.
+    mapped: (usize, usize),
+    /// Of memory that its owner may shorten.
+    watched: Option<Watched>,
     #[cfg(loom)]
     cells: modelled::Cells,
 }
@@ -115,20 +141,94 @@ impl Arena {
     }
 
     fn map(fd: OwnedFd, len: usize, huge: bool, writable: bool) -> io::Result<Self> {
+        let page = if huge { HUGE_PAGE } else { PAGE };
+        Self::map_part(fd, (0, len), page, writable)
+    }
+
+    /// Maps `len` bytes of a file at an offset (both in `part`), of which `page` is the page size; the offset is a multiple of
+    /// [`PAGE`].
+    fn map_part(fd: OwnedFd, part: (u64, usize), page: usize, writable: bool) -> io::Result<Self> {
+        let (file_offset, len) = part;
         let prot = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
-        let (place, fixed) = Self::place(len)?;
+        let before = (file_offset % page as u64) as usize;
+        let whole = before.checked_add(len).and_then(|end| end.checked_next_multiple_of(page));
+        let whole = whole.filter(|&whole| whole < isize::MAX as usize).ok_or(io::ErrorKind::OutOfMemory)?;
+        let (place, fixed) = Self::place(whole)?;
+        let flags = MapFlags::SHARED | fixed;
         // SAFETY: a fresh mapping at an address of the kernel's choice, or in a reservation of ours, aliases nothing.
-        let base = unsafe { rustix::mm::mmap(place, len, prot, MapFlags::SHARED | fixed, &fd, 0)? };
-        let base = NonNull::new(base.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        let start = unsafe { rustix::mm::mmap(place, whole, prot, flags, &fd, file_offset - before as u64)? };
+        let base = NonNull::new(start.cast::<u8>().wrapping_add(before)).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self {
             base,
             len,
             fd,
-            huge,
+            huge: page >= HUGE_PAGE,
             writable,
+            file_offset,
+            mapped: (before, whole),
+            watched: None,
             #[cfg(loom)]
             cells: modelled::Cells::default(),
         })
+    }
+
+    /// Maps `len` bytes at `offset` of memory that another process sent, which that process may use, change and even shorten at
+    /// any time: an access to bytes that are gone finds zeroes and makes the arena [broken](Self::is_broken). The offset is a
+    /// multiple of [`PAGE`]; huge pages are rounded to where needed. Descriptors of anything but files in memory or on a
+    /// local disk are refused, as are files that do not reach as far.
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub fn map_client(fd: OwnedFd, offset: u64, len: usize, access: Access) -> Result<Arc<Self>, MemoryError> {
+        let kernel = |source: io::Error| MemoryError::Kernel { len, source };
+        if len == 0 || len > isize::MAX as usize - 2 * HUGE_PAGE {
+            return Err(MemoryError::BadLength(len));
+        }
+        if !offset.is_multiple_of(PAGE as u64) {
+            return Err(MemoryError::Refused("it does not begin at a page"));
+        }
+        let stat = rustix::fs::fstat(&fd).map_err(|e| kernel(e.into()))?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(MemoryError::Refused("it is not a file"));
+        }
+        let filesystem = rustix::fs::fstatfs(&fd).map_err(|e| kernel(e.into()))?;
+        let kind = filesystem.f_type as u64 & 0xffff_ffff;
+        if !TRUSTED_FILESYSTEMS.contains(&kind) {
+            return Err(MemoryError::Refused("its filesystem is neither memory nor a local disk"));
+        }
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        if offset.checked_add(len as u64).is_none_or(|end| end > size) {
+            return Err(MemoryError::Refused("the file is shorter"));
+        }
+        let page = if kind == HUGETLBFS { usize::try_from(filesystem.f_bsize).unwrap_or(0) } else { PAGE };
+        if !page.is_power_of_two() || page < PAGE {
+            return Err(MemoryError::Refused("its pages have no size"));
+        }
+        let mut arena = Self::map_part(fd, (offset, len), page, access == Access::ReadWrite).map_err(kernel)?;
+        let start = arena.base.as_ptr() as usize - arena.mapped.0;
+        let watched = Watched::new(start..start + arena.mapped.1, page, arena.writable);
+        arena.watched = Some(watched.map_err(|full| MemoryError::Refused(full.0))?);
+        Ok(Arc::new(arena))
+    }
+
+    /// Whether an access found that the memory's owner had taken bytes away. Its content means nothing any more, and what is
+    /// written goes nowhere; whoever lent it should be told to leave. Costs one load.
+    #[inline]
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.watched.as_ref().is_some_and(Watched::is_broken)
+    }
+
+    /// Where the arena begins in the file that its descriptor names.
+    #[must_use]
+    pub fn file_offset(&self) -> u64 {
+        self.file_offset
+    }
+
+    /// Whether it may be written.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        self.writable
     }
 
     /// Where a mapping goes: anywhere.
@@ -244,8 +344,10 @@ impl AsFd for Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
+        self.watched = None;
+        let (before, whole) = self.mapped;
         // SAFETY: our own mapping, and nothing borrows from it any more.
-        let _gone = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+        let _gone = unsafe { rustix::mm::munmap(self.base.as_ptr().wrapping_sub(before).cast(), whole) };
     }
 }
 

@@ -5,9 +5,10 @@
 //! before. Doorbells are words of the slot's BAR, so the controller that comes finds the guest's last values there, those rung
 //! in between included. Source and destination share nothing but that.
 
-use crate::bar::Bar;
+use crate::bar::{Bar, DOORBELLS_END};
 use crate::event::EventLine;
 use crate::function::{Doorbell, Function};
+use crate::line::Vector;
 use crate::memory::MemoryError;
 use crate::space::AddressSpace;
 use crate::sync::{AtomicBool, AtomicU64, Mutex};
@@ -31,11 +32,13 @@ pub enum SlotError {
 struct SlotShared {
     bar: Bar,
     space: AddressSpace,
-    lines: Vec<EventLine>,
+    vectors: Vec<Vector>,
     /// Counts attachments: a port of an older epoch is no longer the slot's.
     epoch: AtomicU64,
     current: Mutex<Option<Plug>>,
     gone: AtomicBool,
+    /// Doorbells are register writes.
+    trapped: AtomicBool,
 }
 
 /// The place a guest's function sits in. Clones are the same slot.
@@ -50,14 +53,27 @@ impl Slot {
     /// # Errors
     /// [`SlotError`].
     pub fn new(space: AddressSpace, vectors: u16) -> Result<Self, SlotError> {
-        let lines = (0..vectors).map(|_| EventLine::new()).collect::<Result<_, _>>()?;
+        let vectors = (0..vectors).map(|_| EventLine::new().map(Some).map(Vector::new)).collect::<Result<_, _>>()?;
+        Self::with(space, vectors)
+    }
+
+    /// An empty slot over `space` with `vectors` interrupt vectors that have no event lines yet: a client brings them.
+    ///
+    /// # Errors
+    /// [`SlotError`].
+    pub fn without_lines(space: AddressSpace, vectors: u16) -> Result<Self, SlotError> {
+        Self::with(space, (0..vectors).map(|_| Vector::new(None)).collect())
+    }
+
+    fn with(space: AddressSpace, vectors: Vec<Vector>) -> Result<Self, SlotError> {
         let shared = SlotShared {
             bar: Bar::new()?,
             space,
-            lines,
+            vectors,
             epoch: AtomicU64::new(0),
             current: Mutex::new(None),
             gone: AtomicBool::new(false),
+            trapped: AtomicBool::new(false),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -90,10 +106,70 @@ impl Slot {
         Arc::new(SlotFunction { shared: Arc::clone(&self.shared) })
     }
 
+    /// Says that doorbells are trapped from now on, or that they are mapped: where each costs a message, controllers offer shadow
+    /// doorbells. To be said before the guest enables its controller.
+    pub fn trap_doorbells(&self, trapped: bool) {
+        self.shared.trapped.store(trapped, Ordering::Release);
+    }
+
     /// The slot's address space.
     #[must_use]
     pub fn space(&self) -> &AddressSpace {
         &self.shared.space
+    }
+
+    /// Registers and doorbells, for whoever stands on the guest's side of the slot.
+    #[must_use]
+    pub fn bar(&self) -> &Bar {
+        &self.shared.bar
+    }
+
+    /// Interrupt vectors there are.
+    #[must_use]
+    pub fn vectors(&self) -> u16 {
+        self.shared.vectors()
+    }
+
+    /// Gives a vector another event line, or none: signals are then remembered, and go to the next line at once. Returns whether
+    /// the vector exists.
+    pub fn set_line(&self, vector: u16, line: Option<EventLine>) -> bool {
+        let found = self.shared.vectors.get(usize::from(vector));
+        found.map(|vector| vector.set(line)).is_some()
+    }
+
+    /// Signals a vector as a controller does.
+    pub fn raise(&self, vector: u16) {
+        self.shared.raise(vector);
+    }
+
+    /// Whether a vector was signalled while it had no line.
+    #[must_use]
+    pub fn is_pending(&self, vector: u16) -> bool {
+        self.shared.vectors.get(usize::from(vector)).is_some_and(Vector::is_pending)
+    }
+
+    /// Forgets which vectors were signalled while they had no line, as a reset of the function does.
+    pub fn forget_pending(&self) {
+        self.shared.vectors.iter().for_each(Vector::forget);
+    }
+
+    /// Whether the function was taken out.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.shared.gone.load(Ordering::Acquire)
+    }
+}
+
+impl SlotShared {
+    fn vectors(&self) -> u16 {
+        u16::try_from(self.vectors.len()).unwrap_or(u16::MAX)
+    }
+
+    #[inline]
+    fn raise(&self, vector: u16) {
+        if let Some(vector) = self.vectors.get(usize::from(vector)) {
+            vector.signal();
+        }
     }
 }
 
@@ -114,7 +190,11 @@ impl Function for SlotFunction {
 
     fn doorbell(&self, at: u32) -> Option<Doorbell> {
         let arena = self.shared.bar.arena();
-        let inside = at >= offset::DOORBELLS && at.is_multiple_of(4) && at as usize + 4 <= arena.len();
+        let inside = (offset::DOORBELLS..DOORBELLS_END).contains(&at) && at.is_multiple_of(4);
+        if inside && self.shared.trapped.load(Ordering::Acquire) {
+            let function: Arc<dyn Function> = Arc::new(Self { shared: Arc::clone(&self.shared) });
+            return Some(Doorbell::Trapped { function, offset: at });
+        }
         inside.then(|| Doorbell::Mapped { arena: Arc::clone(arena), offset: at as usize })
     }
 
@@ -123,7 +203,7 @@ impl Function for SlotFunction {
     }
 
     fn event_line(&self, vector: u16) -> Option<EventLine> {
-        self.shared.lines.get(usize::from(vector)).cloned()
+        self.shared.vectors.get(usize::from(vector))?.line()
     }
 
     fn reset(&self) -> io::Result<()> {
@@ -155,6 +235,12 @@ impl Port {
         self.slot.epoch.load(Ordering::Acquire) == self.epoch
     }
 
+    /// Whether each doorbell costs the guest a message ([`Slot::trap_doorbells`]).
+    #[must_use]
+    pub fn traps_doorbells(&self) -> bool {
+        self.slot.trapped.load(Ordering::Acquire)
+    }
+
     /// Registers and doorbells.
     #[inline]
     #[must_use]
@@ -171,15 +257,13 @@ impl Port {
     /// Interrupt vectors there are.
     #[must_use]
     pub fn vectors(&self) -> u16 {
-        u16::try_from(self.slot.lines.len()).unwrap_or(u16::MAX)
+        self.slot.vectors()
     }
 
     /// Raises an interrupt vector; one that does not exist is ignored.
     #[inline]
     pub fn raise(&self, vector: u16) {
-        if let Some(line) = self.slot.lines.get(usize::from(vector)) {
-            line.signal();
-        }
+        self.slot.raise(vector);
     }
 }
 

@@ -79,6 +79,8 @@ pub trait MapFollower: Send {
 #[derive(Debug, Default)]
 struct Table {
     generation: u64,
+    /// Counts the clients that have had the space.
+    owner: u64,
     /// Sorted by address.
     mappings: Vec<Mapping>,
 }
@@ -203,8 +205,8 @@ impl AddressSpace {
     }
 
     fn publish(shared: &Shared, state: &mut State, mappings: Vec<Mapping>) -> u64 {
-        let generation = state.table.generation + 1;
-        state.table = Arc::new(Table { generation, mappings });
+        let (generation, owner) = (state.table.generation + 1, state.table.owner);
+        state.table = Arc::new(Table { generation, owner, mappings });
         shared.generation.store(generation, Ordering::Release);
         generation
     }
@@ -228,6 +230,33 @@ impl AddressSpace {
         state.readers.retain(|reader| !reader.is_gone());
         let readers = state.readers.clone();
         Ok(Unmapping { generation, readers })
+    }
+
+    /// Takes the mappings that begin at any of `iovas`, which are sorted, away at once: as [`unmap`](Self::unmap), at the price of
+    /// one. Addresses where nothing begins are passed over.
+    pub fn unmap_many(&self, iovas: &[u64]) -> Unmapping {
+        let mut state = self.lock();
+        let (gone, mappings): (Vec<_>, Vec<_>) =
+            state.table.mappings.iter().cloned().partition(|mapping| iovas.binary_search(&mapping.iova).is_ok());
+        for mapping in &gone {
+            for follower in &mut state.followers {
+                follower.unmapped(mapping);
+            }
+        }
+        let generation = Self::publish(&self.shared, &mut state, mappings);
+        state.readers.retain(|reader| !reader.is_gone());
+        let readers = state.readers.clone();
+        Unmapping { generation, readers }
+    }
+
+    /// The client whose addresses these were has gone, and took its memory along ([`unmap_many`](Self::unmap_many)): what is
+    /// mapped from now on is another's, at whatever address. Readers tell by [`SpaceReader::owner`].
+    pub fn change_owner(&self) {
+        let mut state = self.lock();
+        let generation = state.table.generation + 1;
+        let (owner, mappings) = (state.table.owner + 1, state.table.mappings.clone());
+        state.table = Arc::new(Table { generation, owner, mappings });
+        self.shared.generation.store(generation, Ordering::Release);
     }
 
     /// Lets `follower` see every mapping, those that are there first.
@@ -336,6 +365,13 @@ impl SpaceReader {
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.table.generation
+    }
+
+    /// Counts the clients that the space has had before the snapshot ([`AddressSpace::change_owner`]).
+    #[inline]
+    #[must_use]
+    pub fn owner(&self) -> u64 {
+        self.table.owner
     }
 
     /// Says that no operation under way was translated before generation `oldest`: unmaps up to it may complete. Without
@@ -478,6 +514,38 @@ mod tests {
         assert!(reader.translate(0xf_ffff, 1, false).is_none());
         assert!(reader.lookup(0x10_3000, 1, false).is_none());
         assert!(reader.lookup(0, usize::MAX, false).is_none());
+    }
+
+    #[test]
+    fn many_are_unmapped_at_once_and_others_stay() {
+        let space = AddressSpace::default();
+        for page in 0..8u64 {
+            space.map_at(page * PAGE as u64, &buffer(PAGE), true).expect("map");
+        }
+        let mut reader = space.reader();
+        let generation = space.generation();
+        let unmapping = space.unmap_many(&[0, 0x2000, 0x2800, 0x7000, 0x9000]);
+        assert_eq!((space.generation(), unmapping.is_done()), (generation + 1, false));
+        assert!(reader.refresh());
+        reader.release(reader.generation());
+        assert!(unmapping.is_done());
+        let left: Vec<u64> = reader.mappings().iter().map(|mapping| mapping.iova >> 12).collect();
+        assert_eq!(left, [1, 3, 4, 5, 6]);
+    }
+
+    #[test]
+    fn readers_see_another_owner_with_the_next_snapshot() {
+        let space = AddressSpace::default();
+        let iova = space.map(&buffer(PAGE), true).expect("map");
+        let mut reader = space.reader();
+        assert_eq!(reader.owner(), 0);
+        space.change_owner();
+        assert_eq!(reader.owner(), 0);
+        assert!(reader.refresh() && reader.translate(iova, 1, false).is_some());
+        assert_eq!(reader.owner(), 1);
+        let _unmapping = space.unmap(iova).expect("unmap");
+        assert!(reader.refresh());
+        assert_eq!((reader.owner(), space.reader().owner()), (1, 1));
     }
 
     #[test]

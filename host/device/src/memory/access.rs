@@ -110,6 +110,17 @@ impl Arena {
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) }
     }
 
+    /// A range as a piece of a gathered send, so that the kernel copies it from where it is. Nothing may write the range while
+    /// the piece is alive: whoever asks owns the buffer, and knows that the command that filled it has completed.
+    #[inline]
+    #[must_use]
+    pub fn io_slice(&self, offset: usize, len: usize) -> std::io::IoSlice<'_> {
+        let from = self.at(offset, len);
+        // SAFETY: in bounds and mapped for as long as the arena is borrowed; a byte has no invalid value. The piece goes to the
+        // kernel, which reads it as raw memory: bytes that another process changes meanwhile go out old or new, each by itself.
+        std::io::IoSlice::new(unsafe { std::slice::from_raw_parts(from, len) })
+    }
+
     /// Sets `len` bytes.
     #[inline]
     pub fn fill(&self, offset: usize, len: usize, byte: u8) {
