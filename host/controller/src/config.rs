@@ -25,7 +25,8 @@ pub struct ControllerConfig {
     pub io_queues: u16,
     /// Interrupt vectors.
     pub vectors: u16,
-    /// While it is up, nothing is fetched and enabling is answered with CSTS.CFS (design rule 9).
+    /// While it is up, nothing is fetched, and a controller that is enabled does not become ready (design rule 9). It is the
+    /// fetch gate as well: what keeps a controller from fetching while a backing is exchanged under it.
     pub fence: Fence,
 }
 

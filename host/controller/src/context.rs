@@ -99,6 +99,11 @@ impl Contexts {
         self.table.iter_mut().filter(|context| context.used)
     }
 
+    /// Something is under way in a namespace, abandoned or not.
+    pub(crate) fn any_in(&self, namespace: u16) -> bool {
+        self.table.iter().any(|context| context.used && context.namespace == namespace)
+    }
+
     /// Forgets every command: after a reset.
     pub(crate) fn abandon(&mut self) {
         for context in self.iter_mut() {

@@ -12,7 +12,9 @@ use crate::deviations::{Deviation, Oddities};
 use crate::engine::Engine;
 use crate::features::Features;
 use crate::limit::Limit;
+use crate::lost::Lost;
 use crate::queue::{CQE_BYTES, Cq, Ready, Sq};
+use crate::shadow::Shadow;
 use crate::subsystem::Shared;
 use crate::udmq::Udmq;
 use dray_device::bar::Control;
@@ -77,6 +79,10 @@ pub(crate) struct Controller {
     /// The slot was pointed elsewhere while the controller was suspended. What it has is of before: it looks at nothing until
     /// Resume (the move was undone) or Set Controller State (the function comes back from elsewhere).
     pub(crate) parted: bool,
+    /// The slot's doorbells are trapped.
+    pub(crate) traps: bool,
+    /// The guest's shadow doorbells, if it has configured them.
+    pub(crate) shadow: Option<Shadow>,
     pub(crate) admin: AdminState,
     pub(crate) features: Features,
     pub(crate) limit: Limit,
@@ -87,6 +93,7 @@ pub(crate) struct Controller {
     coalescing: bool,
     /// The address space changed under queues that have not been looked up again.
     remapped: bool,
+    pub(crate) lost: Lost,
     released: u64,
     pub(crate) oddities: Oddities,
     pub(crate) now: Time,
@@ -125,6 +132,8 @@ impl Controller {
             run: Run::Active,
             restored: false,
             parted: false,
+            traps: false,
+            shadow: None,
             admin: AdminState::new(),
             features: Features::new(config.vectors),
             limit: Limit::none(),
@@ -132,6 +141,7 @@ impl Controller {
             was_reset: false,
             coalescing: false,
             remapped: false,
+            lost: Lost::default(),
             released: 0,
             oddities: Oddities::default(),
             now: Time::default(),
@@ -161,19 +171,29 @@ impl Controller {
 
     /// Without a port only what was under way goes on.
     fn poll_alone(&mut self, shared: &mut Shared) -> u32 {
+        // The slot that it had may be another's by now, whose guest unmaps memory.
+        self.remapped |= self.engine.reader.refresh();
+        self.release_unmapped();
         self.engine.run_jobs(shared, |_, _, _| {});
         self.ready.clear();
+        self.wait_no_more();
         self.settle(None, shared);
         0
     }
 
-    fn poll_port(&mut self, port: &Port, shared: &mut Shared) -> u32 {
-        let remapped = self.engine.reader.refresh() | std::mem::take(&mut self.remapped);
+    /// Lets unmaps complete that no operation under way is older than.
+    #[inline]
+    fn release_unmapped(&mut self) {
         let generation = self.engine.reader.generation();
         if self.released != generation {
             self.released = self.engine.contexts.oldest_generation(generation);
             self.engine.reader.release(self.released);
         }
+    }
+
+    fn poll_port(&mut self, port: &Port, shared: &mut Shared) -> u32 {
+        let remapped = self.engine.reader.refresh() | std::mem::take(&mut self.remapped);
+        self.release_unmapped();
         if self.ending && self.engine.is_quiet() {
             self.ending = false;
             self.publish_status(port);
@@ -182,6 +202,9 @@ impl Controller {
         self.registers(port, shared);
         if remapped && self.run != Run::Suspended {
             self.renew_queues(port);
+        }
+        if self.lacks_queues() {
+            self.wait_for_queues(port);
         }
         let ready = &mut self.ready;
         self.engine.run_jobs(shared, |sqid, cid, status| ready.push(Ready { sqid, cid, status, result: 0 }));
@@ -201,6 +224,9 @@ impl Controller {
         if matches!(self.shutdown, Shutdown::Flushing { .. }) && self.run == Run::Active {
             self.go_on_shutting_down(port, shared);
         }
+        if self.shadow.is_some() {
+            work += self.tend_shadow(port, work);
+        }
         work
     }
 
@@ -217,6 +243,7 @@ impl Controller {
         let Some(port) = &self.port else { return };
         self.engine.reader = port.space().reader();
         self.released = 0;
+        self.traps = port.traps_doorbells();
         if self.run == Run::Active {
             (self.resets_seen, self.cc_seen) = (port.bar().resets(), 0);
             if port.was_running() {
@@ -270,9 +297,11 @@ impl Controller {
     pub(crate) fn drop_queues(&mut self) {
         self.sqs.iter_mut().for_each(|sq| *sq = None);
         self.cqs.iter_mut().for_each(|cq| *cq = None);
+        self.shadow = None;
         self.live.clear();
         self.ready.clear();
         self.coalescing = false;
+        self.nothing_lost();
     }
 
     /// The controller may fetch again as far as suspension goes; logging goes on.
@@ -290,25 +319,12 @@ impl Controller {
 
     /// The fetch gate.
     #[inline]
-    fn may_fetch(&self, port: &Port) -> bool {
-        self.run == Run::Active && self.shutdown == Shutdown::None && !self.fence().is_up() && port.is_current()
-    }
-
-    fn renew_queues(&mut self, port: &Port) {
-        if !self.find_queues() {
-            tracing::warn!(cntlid = self.config.cntlid, "a queue's memory was unmapped under an enabled controller");
-            self.drop_queues();
-            self.engine.contexts.abandon();
-            (self.enabled, self.fatal) = (false, true);
-            self.publish_status(port);
-        }
-    }
-
-    /// Looks the memory of every queue up again.
-    fn find_queues(&mut self) -> bool {
-        let reader = &self.engine.reader;
-        self.sqs.iter_mut().flatten().all(|sq| sq.memory.renew(reader, false))
-            && self.cqs.iter_mut().flatten().all(|cq| cq.memory.renew(reader, true))
+    pub(crate) fn may_fetch(&self, port: &Port) -> bool {
+        self.run == Run::Active
+            && self.shutdown == Shutdown::None
+            && !self.fence().is_up()
+            && !self.lacks_queues()
+            && port.is_current()
     }
 
     fn fetch_admin(&mut self, port: &Port, shared: &mut Shared) -> u32 {
@@ -418,7 +434,7 @@ impl Controller {
         fetched
     }
 
-    fn bad_doorbell(&mut self) {
+    pub(crate) fn bad_doorbell(&mut self) {
         self.engine.counters.bad_doorbells += 1;
         let info = error_info::INVALID_DOORBELL_VALUE;
         self.admin.report(Event::new(EventType::ERROR, info, LogId::ERROR));
@@ -465,7 +481,7 @@ impl Controller {
             self.engine.flush_log(shared);
         }
         let count = self.ready.len() as u32;
-        if count == 0 {
+        if count == 0 || self.lacks_queues() {
             return 0;
         }
         let place = self.engine.log.as_ref().map(Udmq::place);
@@ -541,7 +557,7 @@ impl Controller {
         } else {
             Time::NEVER
         };
-        coalescing.min(self.limit.next(self.now))
+        coalescing.min(self.limit.next(self.now)).min(self.lost_deadline())
     }
 
     /// Suspend (STYPE 1): fetches nothing more from now on.

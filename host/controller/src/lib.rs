@@ -5,7 +5,8 @@
 //! commands Read, Write, Flush, Write Zeroes, DSM deallocate, Compare, Verify, Copy, Write Uncorrectable; Identify, features,
 //! log pages, asynchronous events, Abort; interrupts by event line with coalescing. For live migration: controller data queues
 //! that log every change of the media, suspend with drain, controller state out and in, tracking of written host memory, and a
-//! limit on a guest's commands (vendor feature C0h).
+//! limit on a guest's commands (vendor feature C0h). For a media move: the backing of a namespace is exchanged while its
+//! controllers are kept from fetching, and stay before their guests.
 //!
 //! **How it is driven.** A [`Subsystem`] has one owner, who polls it. Slots are pointed at its controllers
 //! ([`Subsystem::plug`]); everything else goes through their admin queues, as with a drive.
@@ -14,7 +15,7 @@
 //! finds no room is not fetched. Commands never allocate, except a few admin commands.
 //!
 //! **What it does not do yet.** Fused operations, protection information, metadata, namespace management, Format, Sanitize,
-//! reservations, doorbell buffers, weighted arbitration, bit buckets, queues that span mappings. Write Uncorrectable is offered
+//! reservations, weighted arbitration, bit buckets, queues that span mappings. Write Uncorrectable is offered
 //! where every backing can keep marks (memory does, a file does not). Commands under way cannot be aborted, except those that work in steps. The
 //! ranges of a Copy that overlap their target are copied chunk by chunk, so the outcome is what that gives.
 //!
@@ -22,7 +23,7 @@
 //! from the specification do, and uses the freedom that the specification leaves a data queue's producer.
 //!
 //! **Where to start reading.** [`subsystem`](Subsystem) polls controllers; `controller` is one of them; `io` is the hot path;
-//! `udmq` is what a migration reads; `manage` and `restore` are the migration commands.
+//! `udmq` is what a migration reads; `manage` and `restore` are the migration commands; `exchange` is the end of a media move.
 
 mod admin;
 mod backing;
@@ -32,16 +33,19 @@ mod controller;
 mod deviations;
 mod dptr;
 mod engine;
+mod exchange;
 mod features;
 mod io;
 mod job;
 mod limit;
+mod lost;
 mod manage;
 mod memtrack;
 mod namespace;
 mod queue;
 mod registers;
 mod restore;
+mod shadow;
 mod state;
 mod subsystem;
 mod udmq;
@@ -51,6 +55,7 @@ pub use config::{ConfigError, ControllerConfig, ControllerRole, MAX_NSID, Namesp
 #[cfg(feature = "deviations")]
 pub use deviations::{Deviation, Deviations, UdmqFreedom};
 pub use engine::ControllerCounters;
+pub use exchange::{ExchangeError, Refused};
 pub use state::{
     ControllerState, CqSnapshot, Features, MAX_AERS, MAX_STATE_BYTES, MAX_STATE_QUEUES, MAX_VECTORS, SqSnapshot, StateFormats, VENDOR_UUID,
     VendorState, decode, encode,

@@ -6,6 +6,7 @@ use dray_device::backing::{Backing, BackingInfo, BackingRequest, Submitted};
 /// A namespace and its backing.
 pub(crate) struct Namespace {
     pub(crate) config: NamespaceConfig,
+    /// Of the backing that the namespace was made with; one that it is exchanged for keeps what this says.
     pub(crate) info: BackingInfo,
     pub(crate) block_shift: u32,
     pub(crate) backing: Box<dyn Backing>,

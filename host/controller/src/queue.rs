@@ -5,6 +5,8 @@ use dray_device::memory::{Arena, DmaBuffer};
 use dray_device::poll::Time;
 use dray_device::space::SpaceReader;
 use dray_nvme::command::{NvmOpcode, SubmissionEntry};
+use crate::shadow::ShadowPages;
+use dray_nvme::doorbell_buffer::{cq_head_offset, sq_tail_offset};
 use dray_nvme::registers::{cq_head_doorbell, sq_tail_doorbell};
 use dray_nvme::status::Status;
 use std::sync::Arc;
@@ -39,7 +41,7 @@ impl QueueMemory {
     }
 
     #[inline]
-    fn at(&self, offset: usize) -> (&Arena, usize) {
+    pub(crate) fn at(&self, offset: usize) -> (&Arena, usize) {
         (self.buffer.arena(), self.buffer.offset() + offset)
     }
 }
@@ -61,6 +63,10 @@ pub(crate) struct Sq {
     pub(crate) tail: u32,
     /// The doorbell's value at the last look, legal or not.
     bell: u32,
+    /// Where the doorbell is, if not in the BAR.
+    pub(crate) shadow: Option<Arc<ShadowPages>>,
+    /// The event index that was stored last.
+    pub(crate) event: Option<u32>,
     /// Fetched and not posted.
     pub(crate) in_flight: u32,
     /// A Delete command waits for the queue to run dry.
@@ -69,7 +75,20 @@ pub(crate) struct Sq {
 
 impl Sq {
     pub(crate) fn new(memory: QueueMemory, qid: u16, cqid: u16, size: u32, qprio: u8) -> Self {
-        Self { memory, qid, cqid, size, qprio, head: 0, tail: 0, bell: 0, in_flight: 0, deleting: false }
+        Self {
+            memory,
+            qid,
+            cqid,
+            size,
+            qprio,
+            head: 0,
+            tail: 0,
+            bell: 0,
+            shadow: None,
+            event: None,
+            in_flight: 0,
+            deleting: false,
+        }
     }
 
     /// Where the queue goes on after a restore.
@@ -77,10 +96,19 @@ impl Sq {
         (self.head, self.tail, self.bell) = (head, tail, tail);
     }
 
+    /// The tail doorbell as the guest has written it.
+    #[inline]
+    pub(crate) fn doorbell(&self, bar: &Bar) -> u32 {
+        match &self.shadow {
+            None => bar.load32(sq_tail_doorbell(self.qid, 0)),
+            Some(pages) => pages.bell(sq_tail_offset(self.qid, 0)),
+        }
+    }
+
     /// Looks at the tail doorbell.
     #[inline]
     pub(crate) fn look(&mut self, bar: &Bar) -> Result<(), BadDoorbell> {
-        let bell = bar.load32(sq_tail_doorbell(self.qid, 0));
+        let bell = self.doorbell(bar);
         if bell == self.bell {
             return Ok(());
         }
@@ -148,6 +176,10 @@ pub(crate) struct Cq {
     /// The tag of the next entry.
     pub(crate) phase: bool,
     bell: u32,
+    /// Where the doorbell is, if not in the BAR.
+    pub(crate) shadow: Option<Arc<ShadowPages>>,
+    /// The event index that was stored last.
+    pub(crate) event: Option<u32>,
     /// Slots promised to fetched commands.
     reserved: u32,
     /// Submission queues that use it.
@@ -172,6 +204,8 @@ impl Cq {
             tail: 0,
             phase: true,
             bell: 0,
+            shadow: None,
+            event: None,
             reserved: 0,
             users: 0,
             unsignalled: 0,
@@ -195,12 +229,18 @@ impl Cq {
         self.head != self.tail
     }
 
+    /// No slot can be promised, as far as the last look at the doorbell tells.
+    #[inline]
+    pub(crate) fn is_full(&self) -> bool {
+        self.used() + self.reserved + 1 >= self.size
+    }
+
     /// Promises a slot to a command about to be fetched. Looks at the head doorbell only when the known room is used up.
     #[inline]
     pub(crate) fn reserve(&mut self, bar: &Bar) -> Result<bool, BadDoorbell> {
-        if self.used() + self.reserved + 1 >= self.size {
+        if self.is_full() {
             self.look(bar)?;
-            if self.used() + self.reserved + 1 >= self.size {
+            if self.is_full() {
                 return Ok(false);
             }
         }
@@ -214,9 +254,18 @@ impl Cq {
         self.reserved = self.reserved.saturating_sub(1);
     }
 
+    /// The head doorbell as the guest has written it.
+    #[inline]
+    pub(crate) fn doorbell(&self, bar: &Bar) -> u32 {
+        match &self.shadow {
+            None => bar.load32(cq_head_doorbell(self.qid, 0)),
+            Some(pages) => pages.bell(cq_head_offset(self.qid, 0)),
+        }
+    }
+
     /// Looks at the head doorbell. A head that skips entries which were never posted is refused.
     pub(crate) fn look(&mut self, bar: &Bar) -> Result<(), BadDoorbell> {
-        let bell = bar.load32(cq_head_doorbell(self.qid, 0));
+        let bell = self.doorbell(bar);
         if bell == self.bell {
             return Ok(());
         }

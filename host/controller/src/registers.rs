@@ -31,7 +31,7 @@ impl Controller {
             Shutdown::Flushing { .. } => ShutdownStatus::IN_PROGRESS,
             Shutdown::Complete => ShutdownStatus::COMPLETE,
         };
-        Csts::new().with_rdy(self.enabled || self.ending).with_cfs(self.fatal).with_shst(shst).into_bits()
+        Csts::new().with_rdy(self.enabled || self.ending || self.lost.failed).with_cfs(self.fatal).with_shst(shst).into_bits()
     }
 
     /// Takes failure and shutdown over from the CSTS of a restored state; a shutdown that was under way begins again.
@@ -108,6 +108,7 @@ impl Controller {
         if aqa.asqs() == 0 || aqa.acqs() == 0 {
             return Err("AQA has a queue of one entry");
         }
+        self.traps = port.traps_doorbells();
         self.engine.reader.refresh();
         for qid in 0..=self.config.io_queues {
             bar.store32(sq_tail_doorbell(qid, 0), 0);
@@ -116,6 +117,7 @@ impl Controller {
         let queues = self.new_admin_queues(aqa, asq, acq);
         let (sq, cq) = queues.map_err(|_| "ASQ or ACQ is not aligned, or not in the guest's memory")?;
         (self.sqs[0], self.cqs[0]) = (Some(sq), Some(cq));
+        self.nothing_lost();
         Ok(())
     }
 

@@ -10,6 +10,7 @@ use crate::admin::queues::QueueRequest;
 use crate::controller::{Controller, Run};
 use crate::deviations::Deviation;
 use crate::queue::{Cq, Sq};
+use crate::shadow::ShadowPages;
 use crate::state::{ControllerState, CqSnapshot, Features as StateFeatures, SqSnapshot, VendorState};
 use crate::subsystem::Shared;
 use dray_device::planted::{self, Fault};
@@ -28,6 +29,7 @@ struct Queues {
     admin: Option<(Sq, Cq)>,
     sqs: Vec<Sq>,
     cqs: Vec<Cq>,
+    shadow: Option<ShadowPages>,
 }
 
 impl Controller {
@@ -62,6 +64,7 @@ impl Controller {
             bar_resets: self.resets_seen,
             aer_cids: self.admin.aers.clone(),
             masked_events: self.admin.masked.into(),
+            shadow_doorbells: self.shadow.as_ref().map(|shadow| shadow.pages.addresses()),
             features: self.feature_snapshot(),
         }
     }
@@ -124,23 +127,26 @@ impl Controller {
         let vectors = self.port.as_ref().map_or(0, |port| port.vectors()).min(self.config.vectors);
         let limits = QueueLimits { max_qid: self.config.io_queues, mqes: self.cap.mqes(), vectors };
         state.check(&limits)?;
-        let queues = self.find_state_queues(state, vectors)?;
+        let mut queues = self.find_state_queues(state, vectors)?;
         match &state.vendor {
             Some(vendor) => self.check_vendor(vendor)?,
             // Without the vendor part the admin queue must be there already.
             None if !self.enabled => return Err(invalid()),
             None => {}
         }
+        let shadow = queues.shadow.take();
         self.commit(queues);
         if let Some(vendor) = &state.vendor {
             self.commit_vendor(vendor);
+            self.put_shadow(shadow);
         }
+        self.share_shadow();
         self.restored = true;
         Ok(())
     }
 
     fn find_state_queues(&self, state: &ControllerState, vectors: u16) -> Result<Queues, Status> {
-        let mut queues = Queues { admin: None, sqs: Vec::new(), cqs: Vec::new() };
+        let mut queues = Queues { admin: None, sqs: Vec::new(), cqs: Vec::new(), shadow: None };
         for from in &state.cqs {
             let request = request(from.qid, from.entries_minus_1, from.prp1, from.pc);
             let mut cq = self.new_cq(&request, from.ien.then_some(from.iv), vectors).map_err(|_| invalid())?;
@@ -166,6 +172,9 @@ impl Controller {
         place_sq(&mut sq, vendor.admin_sq_head, vendor.admin_sq_tail)?;
         place_cq(&mut cq, vendor.admin_cq_head, vendor.admin_cq_tail, vendor.admin_cq_phase)?;
         queues.admin = Some((sq, cq));
+        // Where doorbells are not trapped it is not offered, but what the guest has configured it goes on using.
+        let pages = vendor.shadow_doorbells.map(|pages| ShadowPages::find(&self.engine.reader, pages));
+        queues.shadow = pages.transpose()?;
         Ok(queues)
     }
 

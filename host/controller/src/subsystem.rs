@@ -33,6 +33,7 @@ pub(crate) struct Shared {
     /// Namespaces whose attributes changed (index), and the controller that changed them.
     pub(crate) changed: Vec<(u16, u16)>,
     cached: bool,
+    uncorrectable: bool,
     /// How the subsystem deviates from the specification: not at all, outside the simulator.
     pub(crate) deviating: Deviating,
 }
@@ -49,12 +50,12 @@ impl Shared {
         }
     }
 
-    /// Every namespace can be marked as unreadable.
+    /// Every namespace can be marked as unreadable. As Identify says: backings are only exchanged for such that keep it.
     pub(crate) fn can_write_uncorrectable(&self) -> bool {
-        self.namespaces.iter().all(|namespace| namespace.backing.can_write_uncorrectable())
+        self.uncorrectable
     }
 
-    /// Some namespace has a volatile write cache.
+    /// Some namespace has a volatile write cache. As Identify says: it stays so when a backing is exchanged for one without.
     pub(crate) fn has_cache(&self) -> bool {
         self.cached
     }
@@ -110,6 +111,7 @@ impl Subsystem {
         let shared = Shared {
             controllers: config.controllers.iter().map(|c| c.cntlid).collect(),
             cached: namespaces.iter().any(|ns| ns.info.volatile_cache),
+            uncorrectable: namespaces.iter().all(|ns| ns.backing.can_write_uncorrectable()),
             config,
             namespaces,
             one_shots: Vec::with_capacity(256),
@@ -136,6 +138,14 @@ impl Subsystem {
     /// What each controller has done: CNTLID and counters.
     pub fn counters(&self) -> impl Iterator<Item = (u16, ControllerCounters)> + '_ {
         self.controllers.iter().map(|c| (c.config.cntlid, c.engine.counters))
+    }
+
+    /// Whether no command is being carried out and no backing has anything under way (event requests that wait do not count): behind
+    /// raised fences it stays so.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        let idle = |c: &Controller| c.engine.contexts.in_use() == 0 && c.engine.jobs.is_empty();
+        self.controllers.iter().all(idle) && self.shared.namespaces.iter().all(|ns| ns.pending == 0)
     }
 
     /// Takes in what backings have finished; returns how much it was.
@@ -200,7 +210,7 @@ impl Poll for Subsystem {
             let index = self.next;
             let controller = &mut self.controllers[index];
             work += controller.poll(now, &mut self.shared);
-            if controller.engine.has_runnable_job() {
+            if controller.engine.has_runnable_job() || controller.lingers() {
                 wish = Next::Now;
             }
             let deadline = controller.next_deadline();

@@ -14,8 +14,9 @@ use dray_nvme::identify::{Cns, CommandSetId, ControllerStateFormats, IdentifyCon
 use dray_nvme::registers::offset;
 use dray_nvme::status::Status;
 use std::sync::{Arc, Mutex};
-use support::{BLOCKS, Guest, MC, MMC, World, assert_ok, config, memory, namespace};
-use zerocopy::FromBytes;
+use support::{BLOCKS, Guest, MC, MMC, Shadow, World, assert_ok, config, memory, namespace};
+use dray_nvme::track::{TrackMemoryDescriptor, TrackMemoryHeader, TrackReceiveDescriptor, TrackReceiveHeader};
+use zerocopy::{FromBytes, IntoBytes};
 
 /// A data queue as its reader sees it.
 struct Log {
@@ -548,4 +549,128 @@ fn a_file_backing_keeps_what_is_written() {
     assert!(file[1000 * 512..3000 * 512].iter().all(|&byte| byte == 0));
     assert!(file[3008 * 512..].iter().all(|&byte| byte == 0xa5));
     std::fs::remove_file(&path).expect("clean up");
+}
+
+/// A guest whose doorbells are trapped, and which has shadow doorbells and a queue pair.
+fn shadowed(world: &mut World) -> (Guest, Shadow) {
+    let mut guest = world.guest(MC);
+    guest.slot.trap_doorbells(true);
+    guest.enable(world);
+    let shadow = Shadow::configure(world, &mut guest);
+    guest.create_pair(world, 1, 16, None);
+    (guest, shadow)
+}
+
+#[test]
+fn shadow_doorbells_go_along_with_the_state() {
+    let (mut source, mut target) = (World::new(), World::new());
+    let (mut s_manager, mut d_manager) = (source.ready(MMC), target.ready(MMC));
+    let (mut guest, shadow) = shadowed(&mut source);
+    let cid = guest.push(1, SubmissionEntry::flush(1));
+    shadow.tail(&guest, 1);
+    assert_ok(guest.wait(&mut source, 1, cid));
+    shadow.head(&guest, 1);
+    suspend(&mut source, &mut s_manager);
+    let bytes = state(&mut source, &mut s_manager);
+    let told = dray_controller::decode(&bytes, true, true).expect("a state").vendor.expect("our part");
+    assert_eq!(told.shadow_doorbells, Some([guest.address(shadow.bells), guest.address(shadow.events)]));
+    // Rung after the state was taken, and in the page alone.
+    let late = guest.push(1, SubmissionEntry::flush(1));
+    shadow.tail(&guest, 1);
+    suspend(&mut target, &mut d_manager);
+    guest.slot.point_at(&target.subsystem.plug(MC).expect("controller"));
+    source.poll();
+    assert_ok(set_state(&mut target, &mut d_manager, &bytes));
+    let before = guest.get(shadow.bells, 8192);
+    (0..100).for_each(|_| source.poll());
+    (0..100).for_each(|_| target.poll());
+    assert!(guest.get(shadow.bells, 8192) == before, "nobody writes before Resume");
+    assert_ok(d_manager.admin(&mut target, SubmissionEntry::resume(MC)));
+    assert_ok(guest.wait(&mut target, 1, late));
+    shadow.head(&guest, 1);
+    (0..100).for_each(|_| target.poll());
+    assert_eq!(shadow.events(&guest, 1)[0], guest.queues[&1].tail, "idle, and says so");
+    guest.drain = true;
+    assert_ok(guest.admin(&mut target, shadow.command(&guest)));
+    guest.drain = false;
+    let cid = guest.push(1, SubmissionEntry::flush(1));
+    shadow.tail(&guest, 1);
+    assert_ok(guest.wait(&mut target, 1, cid));
+}
+
+#[test]
+fn suspension_and_resume_in_place_keep_the_shadow_doorbells() {
+    let mut world = World::new();
+    let mut manager = world.ready(MMC);
+    let (mut guest, shadow) = shadowed(&mut world);
+    suspend(&mut world, &mut manager);
+    let late = guest.push(1, SubmissionEntry::flush(1));
+    shadow.tail(&guest, 1);
+    (0..100).for_each(|_| world.poll());
+    assert!(guest.pop(1).is_none(), "suspended");
+    assert_ok(manager.admin(&mut world, SubmissionEntry::resume(MC)));
+    assert_ok(guest.wait(&mut world, 1, late));
+}
+
+#[test]
+fn a_state_whose_shadow_pages_cannot_be_is_refused() {
+    let mut world = World::new();
+    let mut manager = world.ready(MMC);
+    let mut guest = world.guest(MC);
+    guest.slot.trap_doorbells(true);
+    guest.enable(&mut world);
+    let shadow = Shadow::configure(&mut world, &mut guest);
+    suspend(&mut world, &mut manager);
+    let good = dray_controller::decode(&state(&mut world, &mut manager), true, true).expect("a state");
+    let page = guest.address(shadow.bells);
+    for pages in [[page, page], [page, 0x7fff_ffff_f000], [page + 4, page + 4096]] {
+        let mut odd = good.clone();
+        odd.vendor.as_mut().expect("our part").shadow_doorbells = Some(pages);
+        let bytes = dray_controller::encode(&odd, true, true).expect("bytes");
+        assert!(set_state(&mut world, &mut manager, &bytes).status().is(Status::INVALID_FIELD), "{pages:x?}");
+    }
+    let bytes = dray_controller::encode(&good, true, true).expect("bytes");
+    assert_ok(set_state(&mut world, &mut manager, &bytes));
+    // Another version's record is not taken, however intact it is otherwise.
+    let mut other = bytes.clone();
+    let vendor = other.windows(8).position(|eight| eight == b"DRAYCTRL").expect("our part");
+    let end = other.len() - 8;
+    for version in [1, 3, 2] {
+        other[vendor + 8] = version;
+        let fnv = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        let checksum = other[vendor..end].iter().fold(0xcbf2_9ce4_8422_2325, fnv);
+        other[end..].copy_from_slice(&checksum.to_le_bytes());
+        let taken = dray_controller::decode(&other, true, true).is_ok();
+        assert_eq!(taken, version == 2, "version {version}");
+    }
+    other[vendor + 8] = 1;
+    assert!(set_state(&mut world, &mut manager, &other).status().is(Status::INVALID_FIELD));
+}
+
+#[test]
+fn memory_tracking_sees_the_event_indices() {
+    let mut world = World::new();
+    let mut manager = world.ready(MMC);
+    let (mut guest, shadow) = shadowed(&mut world);
+    (0..100).for_each(|_| world.poll());
+    let mut request = TrackMemoryHeader { rnmrtd: 1, ..Default::default() }.as_bytes().to_vec();
+    let range = TrackMemoryDescriptor { saddr: guest.address(shadow.bells).into(), len: 2.into() };
+    request.extend_from_slice(range.as_bytes());
+    assert_ok(manager.admin_out(&mut world, SubmissionEntry::track_send_memory(true, MC), &request));
+    let mut report = |world: &mut World| {
+        let (done, bytes) = manager.admin_in(world, SubmissionEntry::track_receive(MC, 64), 256);
+        assert_ok(done);
+        let head = size_of::<TrackReceiveHeader>();
+        let count = TrackReceiveHeader::read_from_prefix(&bytes).expect("header").0.ntmcd;
+        let range = TrackReceiveDescriptor::read_from_prefix(&bytes[head..]).expect("range").0;
+        (count > 0).then(|| (range.saddr.get(), range.len.get()))
+    };
+    assert_eq!(report(&mut world), None, "idle");
+    let cid = guest.push(1, SubmissionEntry::flush(1));
+    shadow.tail(&guest, 1);
+    assert_ok(guest.wait(&mut world, 1, cid));
+    assert!(report(&mut world).is_some(), "polled again");
+    (0..100).for_each(|_| world.poll());
+    assert!(report(&mut world).is_some(), "idle again");
+    assert_eq!(report(&mut world), None);
 }

@@ -99,7 +99,7 @@ impl Controller {
         page.oaes = Oaes::new().with_namespace_attribute(true);
         page.ctratt = Ctratt::new().with_hids(true);
         page.cntrltype = ControllerType::IO;
-        page.oacs = Oacs::new().with_hmlms(self.is_manager());
+        page.oacs = Oacs::new().with_hmlms(self.is_manager()).with_dbcs(self.offers_shadow());
         (page.acl, page.aerl, page.frmw, page.elpe) = (3, AERL, 0x03, (ERROR_ENTRIES - 1) as u8);
         page.lpa = Lpa::new().with_effects(true).with_extended(true);
         (page.wctemp, page.cctemp) = (343, 373);

@@ -145,6 +145,7 @@ impl Controller {
             AdminOpcode::DELETE_IO_CQ => self.delete_io_cq(entry),
             AdminOpcode::DELETE_IO_SQ => return self.delete_io_sq(entry),
             AdminOpcode::ABORT => self.abort(entry, port),
+            AdminOpcode::DOORBELL_BUFFER_CONFIG => self.doorbell_buffer_config(entry, port),
             _ => return self.async_event_request(entry),
         };
         match result {
@@ -166,6 +167,7 @@ impl Controller {
             | AdminOpcode::DELETE_IO_SQ
             | AdminOpcode::ABORT
             | AdminOpcode::ASYNC_EVENT_REQUEST => true,
+            AdminOpcode::DOORBELL_BUFFER_CONFIG => self.offers_shadow(),
             AdminOpcode::TRACK_SEND
             | AdminOpcode::TRACK_RECEIVE
             | AdminOpcode::MIGRATION_SEND

@@ -71,8 +71,12 @@ impl Controller {
             prp1: entry.prp1(),
             contiguous: cdw11.pc(),
         };
-        let cq = self.new_cq(&request, cdw11.ien().then_some(cdw11.iv()), port.vectors())?;
+        let mut cq = self.new_cq(&request, cdw11.ien().then_some(cdw11.iv()), port.vectors())?;
         port.bar().store32(cq_head_doorbell(request.qid, 0), 0);
+        if let Some(shadow) = &self.shadow {
+            shadow.pages.join_cq(&mut cq, 0);
+            shadow.pages.wrote(&mut self.engine);
+        }
         self.cqs[usize::from(request.qid)] = Some(cq);
         self.oddities.created_queue();
         Ok(0)
@@ -89,10 +93,14 @@ impl Controller {
             prp1: entry.prp1(),
             contiguous: cdw11.pc(),
         };
-        let sq = self.new_sq(&request, cdw11.cqid(), cdw11.qprio())?;
+        let mut sq = self.new_sq(&request, cdw11.cqid(), cdw11.qprio())?;
         let cq = self.cqs.get_mut(usize::from(cdw11.cqid())).and_then(Option::as_mut);
         cq.ok_or(Status::CQ_INVALID.with_dnr())?.users += 1;
         port.bar().store32(sq_tail_doorbell(request.qid, 0), 0);
+        if let Some(shadow) = &self.shadow {
+            shadow.pages.join_sq(&mut sq, 0);
+            shadow.pages.wrote(&mut self.engine);
+        }
         self.sqs[usize::from(request.qid)] = Some(sq);
         self.live.push(request.qid);
         Ok(0)

@@ -52,6 +52,7 @@ fn vendor() -> impl Strategy<Value = VendorState> {
             bar_resets,
             aer_cids: aers.into_iter().collect(),
             masked_events: f,
+            shadow_doorbells: (k & 1 == 1).then_some([acq, asq]),
             features: Features {
                 arbitration: a,
                 power_management: b,

@@ -17,7 +17,8 @@ pub const MAX_VECTORS: usize = 512;
 pub(super) const VENDOR_BYTES: usize = size_of::<Wire>();
 
 const MAGIC: [u8; 8] = *b"DRAYCTRL";
-const VERSION: u16 = 1;
+/// 2 has the shadow doorbells.
+const VERSION: u16 = 2;
 
 /// Features of a controller, as Get Features would show them (Base 2.3 §5.2.26.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +117,8 @@ pub struct VendorState {
     pub aer_cids: ArrayVec<u16, MAX_AERS>,
     /// Asynchronous event types masked until their log page is read: bit t for type t (Base 2.3 §5.2.2).
     pub masked_events: u32,
+    /// Doorbell Buffer Config: the shadow page and the event index page, if the guest has configured them.
+    pub shadow_doorbells: Option<[u64; 2]>,
     /// Features.
     pub features: Features,
 }
@@ -141,7 +144,7 @@ struct Wire {
     masked_events: U32,
     aer_cids: [U16; MAX_AERS],
     aer_count: u8,
-    /// Bit 0 the admin completion queue's phase tag, bit 1 WCE; others 0.
+    /// Bit 0 the admin completion queue's phase tag, bit 1 WCE, bit 2 shadow doorbells; others 0.
     flags: u8,
     coalescing_threshold: u8,
     coalescing_time: u8,
@@ -160,6 +163,8 @@ struct Wire {
     granted_sqs: U16,
     granted_cqs: U16,
     guest_limit: U32,
+    /// 0 where there are none.
+    shadow_doorbells: [U64; 2],
     /// FNV-1a of everything before.
     checksum: U64,
 }
@@ -200,7 +205,8 @@ impl VendorState {
             masked_events: self.masked_events.into(),
             aer_cids,
             aer_count: self.aer_cids.len() as u8,
-            flags: u8::from(self.admin_cq_phase) | u8::from(features.volatile_write_cache) << 1,
+            flags: u8::from(self.admin_cq_phase) | u8::from(features.volatile_write_cache) << 1
+                | u8::from(self.shadow_doorbells.is_some()) << 2,
             coalescing_threshold: features.coalescing_threshold,
             coalescing_time: features.coalescing_time,
             arbitration: features.arbitration.into(),
@@ -217,6 +223,7 @@ impl VendorState {
             granted_sqs: features.granted_sqs.into(),
             granted_cqs: features.granted_cqs.into(),
             guest_limit: features.guest_limit.into(),
+            shadow_doorbells: self.shadow_doorbells.unwrap_or_default().map(Into::into),
             checksum: U64::ZERO,
         };
         let mut bytes = wire.as_bytes().to_vec();
@@ -246,7 +253,9 @@ impl VendorState {
 impl Wire {
     fn state(&self) -> Option<VendorState> {
         let cids = self.aer_cids.get(..usize::from(self.aer_count))?;
-        if self.flags > 3 || self.timestamp.get() >> 56 != 0 {
+        let shadow_doorbells = (self.flags & 4 != 0).then_some(self.shadow_doorbells.map(U64::get));
+        let unset = shadow_doorbells.is_some() || self.shadow_doorbells == [U64::ZERO; 2];
+        if self.flags > 7 || self.timestamp.get() >> 56 != 0 || !unset {
             return None;
         }
         Some(VendorState {
@@ -264,6 +273,7 @@ impl Wire {
             bar_resets: self.bar_resets.get(),
             aer_cids: cids.iter().map(|cid| cid.get()).collect(),
             masked_events: self.masked_events.get(),
+            shadow_doorbells,
             features: self.features(),
         })
     }

@@ -11,6 +11,7 @@ use dray_device::poll::{Poll, Time};
 use dray_device::slot::{Fence, Slot};
 use dray_device::space::AddressSpace;
 use dray_nvme::command::{CompletionEntry, SubmissionEntry};
+use dray_nvme::doorbell_buffer::{cq_head_offset, needs_doorbell_write, sq_tail_offset};
 use dray_nvme::registers::{cq_head_doorbell, offset, sq_tail_doorbell};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -284,5 +285,57 @@ impl Guest {
         world.poll();
         assert_eq!(self.csts() & 1, 0);
         self.enable(world);
+    }
+}
+
+/// Shadow doorbells as a guest keeps them: two pages of its memory.
+#[derive(Clone, Copy)]
+pub struct Shadow {
+    pub bells: usize,
+    pub events: usize,
+}
+
+impl Shadow {
+    pub fn configure(world: &mut World, guest: &mut Guest) -> Self {
+        let bells = guest.pages(8192);
+        guest.put(bells, &[0xee; 8192]);
+        let shadow = Self { bells, events: bells + 4096 };
+        assert_ok(guest.admin(world, shadow.command(guest)));
+        // Heads go into the page from now on.
+        guest.drain = false;
+        shadow
+    }
+
+    pub fn command(self, guest: &Guest) -> SubmissionEntry {
+        SubmissionEntry::doorbell_buffer_config(guest.address(self.bells), guest.address(self.events))
+    }
+
+    /// What the controller has stored: event indices of the tail and of the head.
+    pub fn events(self, guest: &Guest, qid: u16) -> [u32; 2] {
+        let arena = guest.memory.arena();
+        [sq_tail_offset(qid, 0), cq_head_offset(qid, 0)].map(|at| arena.load32(self.events + at as usize, Ordering::Acquire))
+    }
+
+    pub fn bells(self, guest: &Guest, qid: u16) -> [u32; 2] {
+        let arena = guest.memory.arena();
+        [sq_tail_offset(qid, 0), cq_head_offset(qid, 0)].map(|at| arena.load32(self.bells + at as usize, Ordering::Acquire))
+    }
+
+    fn store(self, guest: &Guest, place: u32, new: u32) -> bool {
+        let arena = guest.memory.arena();
+        let old = arena.load32(self.bells + place as usize, Ordering::Acquire);
+        arena.store32(self.bells + place as usize, new, Ordering::SeqCst);
+        let event = arena.load32(self.events + place as usize, Ordering::SeqCst);
+        needs_doorbell_write(event, new as u16, old as u16)
+    }
+
+    /// Stores the tail; whether the register must be written.
+    pub fn tail(self, guest: &Guest, qid: u16) -> bool {
+        self.store(guest, sq_tail_offset(qid, 0), guest.queues[&qid].tail)
+    }
+
+    /// Stores the head; whether the register must be written.
+    pub fn head(self, guest: &Guest, qid: u16) -> bool {
+        self.store(guest, cq_head_offset(qid, 0), guest.queues[&qid].head)
     }
 }
