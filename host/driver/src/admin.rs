@@ -45,8 +45,8 @@ pub(crate) enum RequestData<'a> {
 /// A request under way: what to ask for its answer with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ticket {
-    index: u16,
-    serial: u32,
+    pub(crate) index: u16,
+    pub(crate) serial: u32,
 }
 
 /// How a request ended.
@@ -351,7 +351,7 @@ fn free_request(requests: &[Request]) -> Option<usize> {
 }
 
 /// Pages in a row for that many bytes: their bits, and the first.
-fn place(used: u64, bytes: usize) -> Option<(u64, u32)> {
+pub(crate) fn place(used: u64, bytes: usize) -> Option<(u64, u32)> {
     let pages = bytes.div_ceil(PAGE) as u32;
     let mask = if pages >= 64 { u64::MAX } else { (1u64 << pages) - 1 };
     (0..=64 - pages.min(64)).find(|first| used & (mask << first) == 0).map(|first| (mask << first, first))

@@ -21,6 +21,8 @@ pub struct DriverConfig {
     pub io_queues: u16,
     /// Most bytes of data in one I/O command, whatever MDTS allows; sizes the PRP lists that are set up at start.
     pub max_transfer_bytes: usize,
+    /// Use shadow doorbells (Doorbell Buffer Config) where doorbells are trapped and the controller offers them.
+    pub shadow_doorbells: bool,
 }
 
 impl Default for DriverConfig {
@@ -34,6 +36,7 @@ impl Default for DriverConfig {
             pages: Pages::Small,
             io_queues: 64,
             max_transfer_bytes: 1 << 20,
+            shadow_doorbells: true,
         }
     }
 }

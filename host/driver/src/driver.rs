@@ -67,6 +67,8 @@ pub struct Driver {
     pub(crate) pair_serial: u32,
     pub(crate) link: Arc<Link>,
     pub(crate) orphans: Vec<Orphan>,
+    /// Shadow and event index page, while the controller has them.
+    pub(crate) shadow: Option<Arc<MappedBuffer>>,
     pub(crate) generation: u32,
     calls_seen: u32,
     aborts: VecDeque<(u16, u16)>,
@@ -109,6 +111,7 @@ impl Driver {
             pair_serial: 0,
             link: Arc::default(),
             orphans: Vec::new(),
+            shadow: None,
             generation: 0,
             calls_seen: 0,
             aborts: VecDeque::new(),
@@ -186,6 +189,12 @@ impl Driver {
     #[must_use]
     pub fn admin_limit(&self) -> usize {
         self.admin.limit()
+    }
+
+    /// Whether the I/O queues' doorbells are shadow doorbells.
+    #[must_use]
+    pub fn has_shadow_doorbells(&self) -> bool {
+        self.shadow.is_some() && self.state == DriverState::Ready
     }
 
     /// I/O queue pairs that the controller granted.

@@ -6,15 +6,18 @@ use crate::driver::{Driver, DriverState};
 use crate::error::DriverError;
 use crate::ring::Ring;
 use dray_device::function::Doorbell;
-use dray_device::memory::PAGE;
 use dray_device::poll::Time;
+use dray_device::memory::{DmaBuffer, PAGE, Pages};
+use dray_device::space::MappedBuffer;
 use dray_nvme::command::SubmissionEntry;
+use dray_nvme::doorbell_buffer::{cq_head_offset, sq_tail_offset};
 use dray_nvme::feature::{FeatureId, NumberOfQueues};
 use dray_nvme::identify::{Cns, CommandSetId, IDENTIFY_BYTES, IdentifyController, IdentifyControllerNvm, Oaes};
 use dray_nvme::registers::{
     Aqa, CQES, Cap, Cc, Csts, SQES, ShutdownNotification, ShutdownStatus, cq_head_doorbell, offset, sq_tail_doorbell,
 };
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use zerocopy::FromBytes;
 
 /// Time that a controller gets to show its capabilities, and at least gets to become ready, in milliseconds.
@@ -41,6 +44,8 @@ pub(crate) enum Phase {
     QueueCount(Ticket),
     /// Set Features 0Bh.
     Events(Ticket),
+    /// Doorbell Buffer Config.
+    Shadow(Ticket),
     /// CC.SHN is set, CSTS.SHST is to follow.
     Shutdown,
     /// Nothing: ready, stopped or failed.
@@ -90,6 +95,7 @@ impl Driver {
         self.bury_pairs();
         // Memory of controller data queues whose owners are gone.
         self.orphans.clear();
+        self.shadow = None;
         drop(self.link.take_orphans());
         self.generation = self.generation.wrapping_add(1);
     }
@@ -139,6 +145,7 @@ impl Driver {
             Phase::IdentifyNvm(_) => DriverError::NoAnswer { command: "Identify Controller, NVM command set" },
             Phase::QueueCount(_) => DriverError::NoAnswer { command: "Set Features, Number of Queues" },
             Phase::Events(_) => DriverError::NoAnswer { command: "Set Features, Asynchronous Event Configuration" },
+            Phase::Shadow(_) => DriverError::NoAnswer { command: "Doorbell Buffer Config" },
             _ => DriverError::ReadyTimeout { to: true, ms },
         }
     }
@@ -161,7 +168,8 @@ impl Driver {
             Phase::Identify(ticket) => self.identified(now, ticket),
             Phase::IdentifyNvm(ticket) => self.identified_nvm(now, ticket),
             Phase::QueueCount(ticket) => self.counted(now, ticket),
-            Phase::Events(ticket) => Ok(self.configured(ticket)),
+            Phase::Events(ticket) => self.configured(now, ticket),
+            Phase::Shadow(ticket) => Ok(self.shadowed(ticket)),
             Phase::Disable | Phase::Enable | Phase::Shutdown | Phase::Idle => Ok(false),
         }
     }
@@ -287,15 +295,55 @@ impl Driver {
     }
 
     /// A refusal is tolerated: one-shot events need no configuration.
-    fn configured(&mut self, ticket: Ticket) -> bool {
+    fn configured(&mut self, now: Time, ticket: Ticket) -> Result<bool, DriverError> {
         if self.admin.answer(ticket).is_none() {
-            return false;
+            return Ok(false);
         }
+        if !self.wants_shadow() {
+            self.become_ready();
+            return Ok(true);
+        }
+        let memory = Arc::new(MappedBuffer::new(self.function.space(), DmaBuffer::allocate("dray-shadow", 2 * PAGE, Pages::Small)?)?);
+        let entry = SubmissionEntry::doorbell_buffer_config(memory.iova(), memory.iova() + PAGE as u64);
+        self.shadow = Some(memory);
+        self.deadline = Some(now.after_ns(timeout_ns(self.config.admin_timeout_ms)));
+        let ticket = self.admin.request(now.0, &entry, RequestData::Described).map_err(|_| DriverError::Reset)?;
+        self.phase = Phase::Shadow(ticket);
+        Ok(true)
+    }
+
+    /// Shadow doorbells are used where they save messages, and where every queue has its place in the page.
+    fn wants_shadow(&self) -> bool {
+        let offered = self.identify.as_ref().is_some_and(|id| id.oacs.dbcs());
+        let trapped = matches!(self.doorbells(1), Ok([Doorbell::Trapped { .. }, _]));
+        let end = cq_head_offset(self.queues_granted, self.cap.dstrd()) as usize + 4;
+        self.config.shadow_doorbells && offered && trapped && self.queues_granted > 0 && end <= PAGE
+    }
+
+    /// A refusal is tolerated: registers do as well.
+    fn shadowed(&mut self, ticket: Ticket) -> bool {
+        let Some(answer) = self.admin.answer(ticket) else { return false };
+        if answer.accepted("Doorbell Buffer Config").is_err() {
+            self.shadow = None;
+        }
+        self.become_ready();
+        true
+    }
+
+    /// Both doorbells of a pair that is about to be created are 0.
+    pub(crate) fn clear_shadow(&self, qid: u16) {
+        let Some(shadow) = &self.shadow else { return };
+        let dstrd = self.cap.dstrd();
+        for at in [sq_tail_offset(qid, dstrd), cq_head_offset(qid, dstrd)] {
+            shadow.arena().store32(shadow.buffer().offset() + at as usize, 0, Ordering::Release);
+        }
+    }
+
+    fn become_ready(&mut self) {
         let aerl = self.identify.as_ref().map_or(0, |id| u16::from(id.aerl)) + 1;
         let half = u16::try_from(self.admin_shape.depth() / 2).unwrap_or(u16::MAX);
         let aers = u16::from(self.config.aers).min(aerl).min(half);
         self.admin.set_limits(self.admin.limit(), aers as u8);
         self.enter(DriverState::Ready, Phase::Idle);
-        true
     }
 }

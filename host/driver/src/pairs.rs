@@ -102,6 +102,7 @@ impl Driver {
         let memory = shape.memory(self.function.space(), self.config.pages).map_err(|_| SubmitError::NotMapped)?;
         let [_, cq] = shape.bases(&memory);
         let entry = SubmissionEntry::create_io_cq(qid, entries as u16 - 1, config.vector, cq);
+        self.clear_shadow(qid);
         let ticket = self.request_described(now, &entry)?;
         self.pair_serial = self.pair_serial.wrapping_add(1);
         let serial = self.pair_serial;
@@ -141,7 +142,10 @@ impl Driver {
         let bells = self.doorbells(self.pairs[at].shared.qid)?;
         let record = &self.pairs[at];
         let memory = record.memory.clone().ok_or(DriverError::Reset)?;
-        let ring = Ring::new(record.shared.qid, record.shape, memory, bells, self.function.space());
+        let mut ring = Ring::new(record.shared.qid, record.shape, memory, bells, self.function.space());
+        if let Some(shadow) = &self.shadow {
+            ring.set_shadow(Arc::clone(shadow), self.cap.dstrd());
+        }
         let line = record.config.vector.and_then(|vector| self.function.event_line(vector));
         let timeout = timeout_ns(self.config.io_timeout_ms);
         Ok(QueuePair::new(ring, Arc::clone(&record.shared), self.max_write_zeroes(), timeout, line))

@@ -11,7 +11,9 @@ use dray_device::command::{Completion, SubmitError};
 use dray_device::function::Doorbell;
 use dray_device::memory::{Arena, DmaBuffer, PAGE, Pages, Segment};
 use dray_device::space::{AddressSpace, MappedBuffer};
+use crate::sync::fence;
 use dray_nvme::command::{Psdt, SubmissionEntry};
+use dray_nvme::doorbell_buffer::{cq_head_offset, needs_doorbell_write, sq_tail_offset};
 use dray_nvme::status::Status;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -94,6 +96,25 @@ pub(crate) enum Overdue {
     Lost(u16),
 }
 
+/// A queue pair's places in the shadow doorbells: the shadow page first, the event index page behind it.
+#[derive(Debug)]
+struct ShadowBells {
+    memory: Arc<MappedBuffer>,
+    /// Of the tail, of the head.
+    at: [usize; 2],
+}
+
+impl ShadowBells {
+    /// Stores a doorbell; returns whether the register must be written as well. The controller stores its event index and looks
+    /// at the doorbell then, with a barrier between; this is the other way round, so that one of the two sees the other.
+    fn store(&self, which: usize, new: u32, old: u32) -> bool {
+        let (arena, at) = (self.memory.arena(), self.at[which]);
+        arena.store32(at, new, Ordering::Release);
+        fence(Ordering::SeqCst);
+        needs_doorbell_write(arena.load32(at + PAGE, Ordering::Acquire), new as u16, old as u16)
+    }
+}
+
 /// The ring.
 #[derive(Debug)]
 pub(crate) struct Ring {
@@ -116,6 +137,7 @@ pub(crate) struct Ring {
     /// Completions taken.
     taken: u64,
     bells: [Doorbell; 2],
+    shadow: Option<ShadowBells>,
     contexts: Box<[Context]>,
     free: Vec<u16>,
     iovas: IovaCache,
@@ -150,10 +172,30 @@ impl Ring {
             head: 0,
             taken: 0,
             bells,
+            shadow: None,
             free: (0..contexts.len() as u16).rev().collect(),
             contexts,
             iovas: IovaCache::new(space),
         }
+    }
+
+    /// Rings through the shadow doorbells from now on; their memory is two pages.
+    pub(crate) fn set_shadow(&mut self, memory: Arc<MappedBuffer>, dstrd: u8) {
+        let base = memory.buffer().offset();
+        let at = [sq_tail_offset(self.qid, dstrd), cq_head_offset(self.qid, dstrd)].map(|at| base + at as usize);
+        self.shadow = Some(ShadowBells { memory, at });
+    }
+
+    /// Moves a doorbell: 0 the tail, 1 the head.
+    #[inline]
+    fn ring(&self, which: usize, new: u64, old: u64) {
+        let value = (new & self.mask) as u32;
+        if let Some(shadow) = &self.shadow
+            && !shadow.store(which, value, (old & self.mask) as u32)
+        {
+            return;
+        }
+        self.bells[which].ring(value);
     }
 
     /// Commands that can be submitted now.
@@ -251,8 +293,8 @@ impl Ring {
     #[inline]
     pub(crate) fn commit(&mut self) {
         if self.rung != self.tail {
-            self.rung = self.tail;
-            self.bells[0].ring((self.tail & self.mask) as u32);
+            let before = std::mem::replace(&mut self.rung, self.tail);
+            self.ring(0, self.tail, before);
         }
     }
 
@@ -283,7 +325,7 @@ impl Ring {
             }
         }
         if alive && self.taken != before {
-            self.bells[1].ring((self.taken & self.mask) as u32);
+            self.ring(1, self.taken, before);
         }
         ((self.taken - before) as usize, fault)
     }
