@@ -2,6 +2,7 @@
 
 use crate::calls::{Calls, Data};
 use crate::media::{Geometry, Media};
+use crate::media_move::Way;
 use crate::mmc::{Answer, Health, Trust};
 use crate::open::Opening;
 use crate::parts::{Formats, Parts};
@@ -47,7 +48,11 @@ impl Checking {
                 return Turn::Back(Refusal::Empty.into());
             }
             let source = ask(parts.config.namespaces.iter().map(|pair| pair.0));
-            let destination = ask(parts.config.namespaces.iter().map(|pair| pair.1));
+            let destination = match parts.way {
+                Way::Controller => ask(parts.config.namespaces.iter().map(|pair| pair.1)),
+                // What the copy is, the exchange knows.
+                Way::Media(_) => Calls::default(),
+            };
             self.calls = Some((source, destination));
         }
         let Some((source, destination)) = &mut self.calls else { return Turn::Stay };
@@ -55,7 +60,8 @@ impl Checking {
         if !(destination.poll(now, parts.destination.as_mut()) && there) {
             return Turn::Stay;
         }
-        match judge(source, destination, parts) {
+        let judged = if parts.is_media_move() { judge_media(source, parts) } else { judge(source, destination, parts) };
+        match judged {
             Ok(()) => Turn::Next(State::Opening(Opening::default())),
             Err(refusal) => Turn::Back(refusal.into()),
         }
@@ -105,23 +111,57 @@ fn judge(source: &Calls, destination: &Calls, parts: &mut Parts) -> Result<(), R
     let mut geometries = Vec::new();
     for (index, &(from, to)) in parts.config.namespaces.iter().enumerate() {
         geometries.push(geometry(from, to, &source, &destination, index)?);
-        attached(&source, index, from, &parts.sources())?;
+        writers(&source, index, from, parts)?;
         attached(&destination, index, to, &parts.destinations())?;
-        let own = parts.source.identify().map(|identify| identify.cntlid);
-        let moving = parts.sources();
-        let other = source.attached[index].iter().find(|&&cntlid| Some(cntlid) != own && !moving.contains(&cntlid));
-        if let Some(&cntlid) = other {
-            return Err(Refusal::OtherWriter { cntlid, nsid: from });
-        }
     }
     parts.formats = formats(&source, &destination, parts.config.vendor_uuid)?;
     parts.media = Media::new(&geometries)?;
     trust(parts)
 }
 
-/// Both management controllers must be such, and the source must log changes.
+/// A media move: the namespaces and their writers at the source, and the copies as the exchange knows them.
+fn judge_media(source: &Calls, parts: &mut Parts) -> Result<(), Refusal> {
+    roles(parts)?;
+    let source = read("source", source)?;
+    let mut geometries = Vec::new();
+    for (index, &(nsid, to)) in parts.config.namespaces.iter().enumerate() {
+        writers(&source, index, nsid, parts)?;
+        let Way::Media(exchange) = &mut parts.way else { return Err(Refusal::Empty) };
+        let copy = exchange.copy_of(nsid).map_err(|why| Refusal::NotExchangeable { nsid, why })?;
+        let page = &source.namespaces[index];
+        movable("source", nsid, page)?;
+        let source_bytes = page.block_bytes().unwrap_or(0);
+        if source_bytes != copy.block_bytes {
+            return Err(Refusal::OtherBlocks { nsid, source_bytes, destination_bytes: copy.block_bytes });
+        }
+        if page.nsze != copy.blocks {
+            let why = format!("it has {} blocks, its copy {}", page.nsze, copy.blocks);
+            return Err(Refusal::NotExchangeable { nsid, why });
+        }
+        geometries.push(Geometry { source: nsid, destination: to, blocks: page.nsze, block_bytes: source_bytes });
+    }
+    // The state itself is not read, only whether it is a suspended controller's.
+    let format = ControllerStateFormats::parse(&source.formats).ok().and_then(|formats| formats.csvi_of(STATE_VERSION));
+    parts.formats = Formats { source: (format.ok_or(Refusal::NoStateFormat)?, 0), destination: (0, 0) };
+    parts.media = Media::new(&geometries)?;
+    trust(parts)
+}
+
+/// The moving controllers reach the namespace, and nobody else can write it.
+fn writers(source: &Side, index: usize, nsid: u32, parts: &Parts) -> Result<(), Refusal> {
+    let moving = parts.sources();
+    attached(source, index, nsid, &moving)?;
+    let own = parts.source.identify().map(|identify| identify.cntlid);
+    match source.attached[index].iter().find(|&&cntlid| Some(cntlid) != own && !moving.contains(&cntlid)) {
+        Some(&cntlid) => Err(Refusal::OtherWriter { cntlid, nsid }),
+        None => Ok(()),
+    }
+}
+
+/// The management controllers must be such, and the source must log changes. In a media move there is one of them.
 fn roles(parts: &Parts) -> Result<(), Refusal> {
-    for (side, mmc) in [("source", &parts.source), ("destination", &parts.destination)] {
+    let both = [("source", &parts.source), ("destination", &parts.destination)];
+    for (side, mmc) in &both[..if parts.is_media_move() { 1 } else { 2 }] {
         let Some(identify) = mmc.identify() else {
             return Err(Refusal::Controller { side, what: "is not identified" });
         };
@@ -137,14 +177,8 @@ fn roles(parts: &Parts) -> Result<(), Refusal> {
 
 fn geometry(from: u32, to: u32, source: &Side, destination: &Side, index: usize) -> Result<Geometry, Refusal> {
     let (here, there) = (&source.namespaces[index], &destination.namespaces[index]);
-    for (side, nsid, page) in [(source.name, from, here), (destination.name, to, there)] {
-        if page.format().ms() != 0 {
-            return Err(Refusal::Metadata { side, nsid, bytes: page.format().ms() });
-        }
-    }
-    if here.rescap != 0 {
-        return Err(Refusal::Reservations(from));
-    }
+    metadata(destination.name, to, there)?;
+    movable(source.name, from, here)?;
     let (source_bytes, destination_bytes) = (here.block_bytes().unwrap_or(0), there.block_bytes().unwrap_or(0));
     if source_bytes != destination_bytes {
         return Err(Refusal::OtherBlocks { nsid: from, source_bytes, destination_bytes });
@@ -154,6 +188,18 @@ fn geometry(from: u32, to: u32, source: &Side, destination: &Side, index: usize)
         return Err(Refusal::TooSmall { nsid: from, source_blocks, destination_blocks });
     }
     Ok(Geometry { source: from, destination: to, blocks: here.nsze, block_bytes: source_bytes })
+}
+
+fn metadata(side: &'static str, nsid: u32, page: &IdentifyNamespace) -> Result<(), Refusal> {
+    match page.format().ms() {
+        0 => Ok(()),
+        bytes => Err(Refusal::Metadata { side, nsid, bytes }),
+    }
+}
+
+fn movable(side: &'static str, nsid: u32, page: &IdentifyNamespace) -> Result<(), Refusal> {
+    metadata(side, nsid, page)?;
+    if page.rescap != 0 { Err(Refusal::Reservations(nsid)) } else { Ok(()) }
 }
 
 /// Each moving controller must reach each moving namespace.

@@ -8,7 +8,7 @@ pub trait GuestSlot: Send {
     fn point_at_source(&mut self, cntlid: u16);
 }
 
-/// Who serves the namespaces.
+/// Who serves the namespaces; in a media move, whose backing is that of the namespaces: the one before, or the copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
     /// The source.
@@ -31,7 +31,8 @@ pub enum RecordPhase {
 }
 
 /// The name of an end (a subsystem) that means the same in every migration: "source" and "destination" do not, once a namespace
-/// goes from A to B and back to A. The appliance takes the first 16 bytes of a SHA-256; all zero = not named.
+/// goes from A to B and back to A. The appliance takes the first 16 bytes of a SHA-256; all zero = not named. The ends of a media
+/// move are backings, not subsystems: its records are kept apart from those of controller moves.
 pub type EndId = [u8; 16];
 
 /// What correctness rests on: written and flushed before the step that relies on it (rule 9).
@@ -49,7 +50,7 @@ pub struct Record {
     pub owner: Owner,
     /// How far it is.
     pub phase: RecordPhase,
-    /// The source is fenced.
+    /// The source is fenced. In a media move: the backing before never serves again, while the controllers go on.
     pub fenced: bool,
 }
 
@@ -74,8 +75,8 @@ pub trait Journal: Send {
 pub trait FenceControl: Send {
     /// Raises the fence of an end; nothing changes where it is up.
     fn raise(&mut self, end: Owner);
-    /// Lowers the fence of an end. The source's: where "moved" may be durable, the undo has been recorded before. The
-    /// destination's: Resume is about to be sent.
+    /// Lowers the fence of an end. The source's: where "moved" may be durable, the undo has been recorded before; in a media move
+    /// also when the backings have been exchanged. The destination's: Resume is about to be sent.
     fn lower(&mut self, end: Owner);
 }
 

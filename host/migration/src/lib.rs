@@ -4,7 +4,8 @@
 //! while the guest writes. It owns both management controllers ([`Mmc`]), drains the controller data queues through the `cdq`
 //! policy into the dirty map ([`pump`], [`dirty`], [`media`]), copies what is dirty in rounds that the `tracking` and `copy`
 //! policies shape ([`copy`], [`extents`]), and switches over: suspend, last round, controller state, resume. From every state
-//! there is a way back that leaves the source serving. What policies leave out, the host adds; what they let lie, it drains.
+//! there is a way back that leaves the source serving. A media move ([`media_move`]) does the same for namespaces whose
+//! controllers stay before their guests, and exchanges the backing. What policies leave out, the host adds; what they let lie, it drains.
 //!
 //! **The order that correctness rests on.** A block's dirty bit is cleared before its read is submitted, and nothing reads a
 //! range whose last copy has not ended. A change during the copy is reported by a later entry and dirties the block again, so
@@ -13,7 +14,7 @@
 //! a durable record says "moved" before the destination may run.
 //!
 //! **What it does not do yet.** The stream to a peer (the [`Destination`] trait is its place), compression, tracking of guest
-//! memory, a media move under the same controller, going on with a copy after a restart (the record says who serves, see
+//! memory, going on with a copy after a restart (the record says who serves, see
 //! [`recovery`]; what the destination has is copied again), reservations (a namespace that supports them is refused).
 //!
 //! **Where to start reading.** `state.rs` for the states, [`dirty`], then `rounds.rs` and `switch.rs`; `undo.rs` for the way
@@ -29,6 +30,7 @@ pub mod dirty;
 pub mod extents;
 pub mod hooks;
 pub mod media;
+pub mod media_move;
 mod migration;
 pub mod mmc;
 mod open;
@@ -54,6 +56,7 @@ pub use destination::{Destination, LocalDestination, LocalFeatures};
 pub use dirty::DirtyMap;
 pub use hooks::{EndId, FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Journal, JournalError, Owner, Record, RecordPhase};
 pub use media::Media;
+pub use media_move::{BackingExchange, BackingQueue, BackingShelf, CopyGeometry, MediaIngredients};
 pub use migration::{Ingredients, Migration};
 pub use mmc::{DriverMmc, DriverQueue, Mmc};
 pub use parts::Policies;

@@ -7,6 +7,7 @@ use crate::destination::Destination;
 use crate::extents::Extents;
 use crate::hooks::Hooks;
 use crate::media::Media;
+use crate::media_move::{BackingExchange, MediaIngredients, Way};
 use crate::mmc::{Health, Mmc};
 use crate::parts::{Costs, Footing, Formats, Parts, Policies, Throttle};
 use crate::pump::PumpStats;
@@ -73,11 +74,25 @@ impl Migration {
     /// # Errors
     /// [`CopySetupError`] when there is no memory for the transfers or the configuration makes no sense.
     pub fn new(config: MigrationConfig, with: Ingredients, now: Time) -> Result<Self, CopySetupError> {
+        Self::assemble(config, with, Way::Controller, now)
+    }
+
+    /// A media move that begins at its first poll: see [`media_move`](crate::media_move).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn media_move(config: MigrationConfig, with: MediaIngredients, now: Time) -> Result<Self, CopySetupError> {
+        let (with, exchange) = with.split();
+        Self::assemble(config, with, Way::Media(exchange), now)
+    }
+
+    fn assemble(config: MigrationConfig, with: Ingredients, way: Way, now: Time) -> Result<Self, CopySetupError> {
         let engine = Engine::new(with.source_queue, &with.source_space, with.media, config.copy)?;
         let parts = Parts {
             config,
             source: with.source,
             destination: with.destination,
+            way,
             engine,
             media: Media::none(),
             extents: Extents::default(),
@@ -166,11 +181,21 @@ impl Migration {
         &self.parts.media
     }
 
-    /// Gives back what it was made of, but for the queues of the copy, and the report.
+    /// Gives back what it was made of, but for the queues of the copy, and the report. Of a media move whose copy no controller
+    /// stood before, the second controller and the slots are nobody's.
     #[must_use]
     pub fn finish(self) -> (Box<dyn Mmc>, Box<dyn Mmc>, Policies, Hooks, Report) {
         let parts = self.parts;
         (parts.source, parts.destination, parts.policies, parts.hooks, parts.report)
+    }
+
+    /// The exchange of a media move.
+    #[must_use]
+    pub fn exchange(&mut self) -> Option<&mut dyn BackingExchange> {
+        match &mut self.parts.way {
+            Way::Controller => None,
+            Way::Media(exchange) => Some(exchange.as_mut()),
+        }
     }
 
     /// What undoes a migration whatever state it is in.

@@ -6,6 +6,7 @@ use crate::copy::Engine;
 use crate::extents::Extents;
 use crate::hooks::{Hooks, JournalError, Owner, Record, RecordPhase};
 use crate::media::Media;
+use crate::media_move::Way;
 use crate::mmc::Mmc;
 use crate::pump::{Pump, PumpStats};
 use crate::report::Report;
@@ -54,7 +55,9 @@ pub(crate) struct Footing {
     pub(crate) moved: bool,
     /// The slots point at the destination.
     pub(crate) pointed: bool,
-    /// Resume was sent to the destination's controllers: there may be no way back.
+    /// Backings may have been exchanged for their copies (media move).
+    pub(crate) exchanged: bool,
+    /// Resume was sent to the controllers that serve after the move: there may be no way back.
     pub(crate) resumed: bool,
     /// The log has a hole: tracking has to be started anew and everything copied again.
     pub(crate) hole: bool,
@@ -87,6 +90,7 @@ pub(crate) struct Parts {
     pub(crate) config: MigrationConfig,
     pub(crate) source: Box<dyn Mmc>,
     pub(crate) destination: Box<dyn Mmc>,
+    pub(crate) way: Way,
     pub(crate) engine: Engine,
     pub(crate) media: Media,
     pub(crate) extents: Extents,
@@ -135,9 +139,32 @@ impl Parts {
         self.config.controllers.iter().map(|pair| pair.0).collect()
     }
 
-    /// Migratable controllers at the destination.
+    /// Migratable controllers at the destination; none in a media move.
     pub(crate) fn destinations(&self) -> Vec<u16> {
-        self.config.controllers.iter().map(|pair| pair.1).collect()
+        if self.is_media_move() { Vec::new() } else { self.config.controllers.iter().map(|pair| pair.1).collect() }
+    }
+
+    /// The controllers stay before their guests.
+    pub(crate) fn is_media_move(&self) -> bool {
+        matches!(self.way, Way::Media(_))
+    }
+
+    /// The end whose controllers serve after the move.
+    pub(crate) fn successor(&self) -> Owner {
+        if self.is_media_move() { Owner::Source } else { Owner::Destination }
+    }
+
+    /// Those controllers.
+    pub(crate) fn successors(&self) -> Vec<u16> {
+        if self.is_media_move() { self.sources() } else { self.destinations() }
+    }
+
+    /// The management controller that resumes them, and the format that they tell their state in.
+    pub(crate) fn successors_manager(&mut self) -> (&mut dyn Mmc, (u8, u8)) {
+        match self.successor() {
+            Owner::Source => (self.source.as_mut(), self.formats.source),
+            Owner::Destination => (self.destination.as_mut(), self.formats.destination),
+        }
     }
 
     /// The set-up that policies are opened with.

@@ -80,6 +80,14 @@ pub enum Refusal {
     /// The namespace supports reservations, and one may be held.
     #[error("namespace {0} supports reservations, which cannot be moved")]
     Reservations(u32),
+    /// A media move: the backing of the namespace cannot be exchanged for its copy.
+    #[error("the backing of namespace {nsid} cannot be exchanged for its copy: {why}")]
+    NotExchangeable {
+        /// NSID.
+        nsid: u32,
+        /// In words.
+        why: String,
+    },
     /// The namespaces cannot be tracked.
     #[error(transparent)]
     Geometry(#[from] GeometryError),

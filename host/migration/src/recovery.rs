@@ -9,6 +9,8 @@
 //!   attempt starts from a complete map (rule 10);
 //! - an unfinished migration is closed by one more record ([`Recovery::then`]) before anything else begins: "done" where the
 //!   destination serves, "undone" where the source does;
+//! - in a media move the ends are backings: the one that serves is opened behind the namespace, the fenced one is not used, and
+//!   the controllers, which are the same either way, are built with their fences down;
 //! - what no order of writes can leave behind is a [`Contradiction`], for the operator to decide: nobody serves.
 
 use crate::hooks::{EndId, Owner, Record, RecordPhase};
@@ -64,7 +66,7 @@ impl Recovery {
         })
     }
 
-    /// The end whose controllers are to be built behind a raised fence (rule 9).
+    /// The end whose controllers are to be built behind a raised fence (rule 9); in a media move the backing that is retired.
     #[must_use]
     pub fn fenced(&self) -> Option<EndId> {
         (self.owner == Owner::Destination).then_some(self.ends[0])

@@ -121,3 +121,31 @@ fn what_no_crash_leaves_behind_is_refused() {
     let nameless = |n, phase| Some(Record { from: [0; 16], to: [0; 16], ..record(n, phase, 1) });
     assert!(recover(&[nameless(4, Copying), nameless(3, Undone)]).is_ok());
 }
+
+#[test]
+fn a_media_move_names_the_backing_of_every_namespace() {
+    // Namespaces that change their backing together, A for B: at each crash between two records one and the same backing is
+    // opened for all of them, and the other end is the one that is retired.
+    const STEPS: [[Option<RecordPhase>; 2]; 8] = [
+        [Some(Copying), None],
+        [Some(Copying), Some(Copying)],
+        [Some(Moved), Some(Copying)],
+        [Some(Moved), Some(Moved)],
+        // Exchanged or not: both backings are equal until the gate opens, and the copy is flushed.
+        [Some(Done), Some(Moved)],
+        [Some(Done), Some(Done)],
+        // Or undone from there: the record first, then the backing.
+        [Some(Copying), Some(Moved)],
+        [Some(Undone), Some(Copying)],
+    ];
+    let opened = [A, A, A, B, B, B, A, A];
+    for (step, serving) in STEPS.iter().zip(opened) {
+        let records = step.map(|phase| phase.map(|phase| record(1, phase, 1)));
+        let found = recover(&records).expect("no contradiction");
+        assert_eq!(found.serving(), Some(serving), "{step:?}");
+        assert_eq!(found.fenced(), (serving == B).then_some(A), "{step:?}");
+        // The next move of the same namespaces goes from the backing that serves.
+        let closed = found.then.or(records[0]);
+        assert_eq!(recover(&[closed, closed]).expect("closed").serving(), Some(serving));
+    }
+}

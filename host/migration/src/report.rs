@@ -87,8 +87,11 @@ pub enum Step {
     Point,
     /// Controller states are set.
     SetState,
-    /// Resume at the destination.
+    /// Resume at the destination; in a media move at the controllers that stayed.
     Resume,
+    /// A media move, in the place of [`Point`](Self::Point) and [`SetState`](Self::SetState): the backing is exchanged. A media
+    /// move has no [`ReadState`](Self::ReadState) either.
+    Exchange,
 }
 
 impl Step {
@@ -108,6 +111,7 @@ impl Step {
             Self::Point => "point",
             Self::SetState => "set_state",
             Self::Resume => "resume",
+            Self::Exchange => "exchange",
         }
     }
 }

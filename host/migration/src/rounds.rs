@@ -29,8 +29,8 @@ enum Stage {
     Run,
     /// No new copies; those under way end.
     Settle,
-    /// The destination flushes.
-    Flush { since: Time },
+    /// The destination flushes; `look`: only to see what that costs by now.
+    Flush { since: Time, look: bool },
     /// Between two rounds.
     Pause { since: Time },
     /// Tracking is started anew.
@@ -155,12 +155,12 @@ impl Rounds {
                 if parts.engine.in_flight() == 0 {
                     self.probe(parts, now);
                     parts.engine.flush();
-                    self.stage = Stage::Flush { since: now };
+                    self.stage = Stage::Flush { since: now, look: false };
                 }
             }
-            Stage::Flush { since } => {
-                let since = *since;
-                if let Some(turn) = self.flushed(since, parts, now) {
+            Stage::Flush { since, look } => {
+                let (since, look) = (*since, *look);
+                if let Some(turn) = self.flushed(since, look, parts, now) {
                     return turn;
                 }
             }
@@ -368,7 +368,7 @@ impl Rounds {
         self.idle = None;
     }
 
-    fn flushed(&mut self, since: Time, parts: &mut Parts, now: Time) -> Option<Turn> {
+    fn flushed(&mut self, since: Time, look: bool, parts: &mut Parts, now: Time) -> Option<Turn> {
         if !parts.engine.is_flushed() {
             return None;
         }
@@ -381,7 +381,11 @@ impl Rounds {
             return Some(Turn::Back(crate::copy::CopyError::Flush(status).into()));
         }
         parts.costs.flush_us = now.us_since(since);
-        self.end_round(parts, now);
+        if look {
+            self.stage = Stage::Pause { since: now };
+        } else {
+            self.end_round(parts, now);
+        }
         None
     }
 
@@ -421,6 +425,12 @@ impl Rounds {
         let rested = now.us_since(since) >= if calm { CALM_US } else { 0 };
         if !parts.media.is_clean() && rested {
             self.stage = Stage::Plan { since: now, asked: false };
+        } else if self.complete && !calm && now.us_since(since) >= CALM_US {
+            // Nothing is left to copy, and yet a switch-over would cost too much: what flush and record cost was seen at a bad
+            // moment, perhaps, and no round will come that shows them again.
+            self.probe(parts, now);
+            parts.engine.flush();
+            self.stage = Stage::Flush { since: now, look: true };
         }
     }
 

@@ -5,10 +5,15 @@
 //! The hand-over is made in this order: the fence in memory, which no reset ends; behind it the question whether the source was
 //! suspended throughout; the durable "moved" record; the slots; the state; Resume. So the record never says "moved" while the
 //! source could still have taken a command that the destination has not got: whoever finds it after a crash may rely on it.
+//!
+//! In a media move the same controllers go on, so no state is read, no slot pointed and no state set: behind the record the
+//! backing is exchanged, and Resume is for the source's controllers (see [`media_move`](crate::media_move)).
 
 use crate::calls::{Calls, words};
 use crate::copy::Purpose;
 use crate::hooks::{Owner, RecordPhase};
+use crate::media_move::Way;
+use crate::mmc::{Answer, Health};
 use crate::open::{resume, suspend, tracked};
 use crate::parts::{Parts, has_hole};
 use crate::reason::Reason;
@@ -19,6 +24,7 @@ use crate::states::{ReadState, WriteState, ask_header, suspended};
 use crate::undo::Completing;
 use dray_device::planted::{self, Fault};
 use dray_device::poll::Time;
+use dray_nvme::status::Status;
 
 /// A switch-over under way.
 #[derive(Debug)]
@@ -39,13 +45,15 @@ pub(crate) struct Switch {
     confirm: Vec<Calls>,
     writes: Vec<WriteState>,
     asking: Option<Asking>,
-    /// The destination's fence is down.
+    /// The fence of those who serve from now on is down.
     admitted: bool,
+    /// The management controller of a media move had failed, and was reset: that ends suspensions too.
+    forced: bool,
     /// Since when, and why, controllers were asked before some of them were resumed again.
     asked: Option<(Time, String)>,
 }
 
-/// After a resume that did not clearly succeed: each controller of the destination is asked whether it is suspended.
+/// After a resume that did not clearly succeed: each controller is asked whether it is suspended.
 #[derive(Debug)]
 struct Asking {
     since: Time,
@@ -78,6 +86,7 @@ impl Switch {
             writes: Vec::new(),
             asking: None,
             admitted: false,
+            forced: false,
             asked: None,
         }
     }
@@ -139,6 +148,7 @@ impl Switch {
             Step::ReadState => self.read_state(parts, now),
             Step::Fence => self.fence(parts, now),
             Step::Record => self.record(parts),
+            Step::Exchange => exchange(parts, now),
             Step::Point => Ok(self.point(parts)),
             Step::SetState => self.set_state(parts, now),
             Step::Resume => self.resume(parts, now),
@@ -252,7 +262,7 @@ impl Switch {
         parts.report.last_round_bytes = parts.engine.stats().copied - self.copied_before;
         let compared = parts.report.parts.iter().any(|part| part.0 == Step::Compare);
         if parts.hint.is_none() || compared {
-            return Ok(Gone::To(Step::ReadState));
+            return Ok(Gone::To(if parts.is_media_move() { Step::Fence } else { Step::ReadState }));
         }
         parts.engine.set_purpose(Purpose::Compare);
         parts.extents.everything();
@@ -340,7 +350,7 @@ impl Switch {
         }
         match parts.recorded() {
             None => Ok(Gone::On),
-            Some(Ok(())) => Ok(Gone::To(Step::Point)),
+            Some(Ok(())) => Ok(Gone::To(if parts.is_media_move() { Step::Exchange } else { Step::Point })),
             Some(Err(error)) => Err(error.to_string()),
         }
     }
@@ -380,15 +390,17 @@ impl Switch {
                 Told::Nothing if patient => Ok(Gone::On),
                 Told::Nothing => Ok(doubt(parts, &asking.why)),
                 Told::AllActive => {
-                    parts.hooks.fence.lower(Owner::Destination);
+                    parts.hooks.fence.lower(parts.successor());
                     Ok(Gone::Over)
                 }
-                Told::AllSuspended => {
+                // In a media move nothing but forward: some of them may have served from the copy, and been suspended again.
+                Told::AllSuspended if !parts.is_media_move() => {
                     parts.footing.resumed = false;
                     Err(asking.why.clone())
                 }
-                Told::Some(_) if !patient => Ok(doubt(parts, &asking.why)),
-                Told::Some(again) => {
+                Told::AllSuspended | Told::Some(_) if !patient => Ok(doubt(parts, &asking.why)),
+                told => {
+                    let again = if let Told::Some(again) = told { again } else { parts.successors() };
                     self.calls = Some(resume(&again));
                     let (since, why) = (asking.since, asking.why.clone());
                     self.asking = None;
@@ -399,25 +411,40 @@ impl Switch {
         }
         if self.calls.is_none() {
             parts.footing.resumed = true;
-            self.calls = Some(resume(&parts.destinations()));
+            self.calls = Some(resume(&parts.successors()));
         }
         if !self.admitted {
-            // The record names the destination, and it has the state: from now on it may serve.
+            // The record names the destination, and it has the state (or the backing): from now on it may serve.
             self.admitted = true;
-            parts.hooks.fence.lower(Owner::Destination);
+            parts.hooks.fence.lower(parts.successor());
         }
+        let stays = parts.is_media_move();
         let Some(calls) = &mut self.calls else { return Ok(Gone::On) };
-        if !calls.poll(now, parts.destination.as_mut()) {
+        if !calls.poll(now, parts.successors_manager().0) {
             return Ok(Gone::On);
         }
-        let Some(answer) = calls.failure() else { return Ok(Gone::Over) };
-        let why = format!("Resume at the destination: {}", words(answer));
+        // A guest that has reset its controller behind the fence has ended the suspension by itself.
+        let fine = |answer: &Answer| stays && !answer.unknown && answer.status.is(Status::CONTROLLER_NOT_SUSPENDED);
+        let failure = calls.answers().find(|answer| (answer.unknown || answer.status.is_error()) && !fine(answer));
+        let Some(answer) = failure else { return Ok(Gone::Over) };
+        let why = format!("Resume at the {}: {}", if stays { "source" } else { "destination" }, words(answer));
         let (since, why) = self.asked.take().unwrap_or((now, why));
+        self.force(parts, now);
         // Behind the fence, so that the answer holds while it is acted on.
-        parts.hooks.fence.raise(Owner::Destination);
+        parts.hooks.fence.raise(parts.successor());
         self.admitted = false;
         self.asking = Some(Asking { since, why, calls: Vec::new() });
         Ok(Gone::On)
+    }
+
+    /// A management controller of a media move that has failed is reset: that ends every suspension which it had asked for, and
+    /// here that is the way forward.
+    fn force(&mut self, parts: &mut Parts, now: Time) {
+        if parts.is_media_move() && !self.forced && matches!(parts.source.health(), Health::Failed(_)) {
+            self.forced = true;
+            parts.source.forbid_reset(false);
+            parts.source.reset(now);
+        }
     }
 
     fn over(&mut self, parts: &mut Parts, now: Time) -> Turn {
@@ -427,13 +454,27 @@ impl Switch {
     }
 }
 
-/// Nobody knows whether the destination's controllers run. The record says that they are the ones that may.
+/// The backings, behind fence and record. The copy has all that the old one has, so a crash on either side loses nothing.
+fn exchange(parts: &mut Parts, now: Time) -> Result<Gone, String> {
+    let Way::Media(exchange) = &mut parts.way else { return Err("there is nothing to exchange".to_owned()) };
+    if !parts.footing.exchanged {
+        parts.footing.exchanged = true;
+        exchange.exchange();
+    }
+    match exchange.poll(now) {
+        None => Ok(Gone::On),
+        Some(Ok(())) => Ok(Gone::To(Step::Resume)),
+        Some(Err(what)) => Err(what),
+    }
+}
+
+/// Nobody knows whether the controllers run. The record says that they are the ones that may.
 fn doubt(parts: &mut Parts, why: &str) -> Gone {
-    parts.hooks.fence.lower(Owner::Destination);
+    parts.hooks.fence.lower(parts.successor());
     Gone::Doubt(why.to_owned())
 }
 
-/// What the destination's controllers said.
+/// What the controllers said.
 enum Told {
     Nothing,
     AllActive,
@@ -444,13 +485,14 @@ enum Told {
 
 impl Asking {
     fn poll(&mut self, parts: &mut Parts, now: Time) -> Told {
-        let controllers = parts.destinations();
+        let controllers = parts.successors();
+        let (manager, format) = parts.successors_manager();
         if self.calls.is_empty() {
-            self.calls = controllers.iter().map(|&cntlid| ask_header(cntlid, parts.formats.destination)).collect();
+            self.calls = controllers.iter().map(|&cntlid| ask_header(cntlid, format)).collect();
         }
         let mut over = true;
         for calls in &mut self.calls {
-            over &= calls.poll(now, parts.destination.as_mut());
+            over &= calls.poll(now, manager);
         }
         if !over {
             return Told::Nothing;

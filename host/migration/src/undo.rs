@@ -1,11 +1,12 @@
 //! The two ends: completing a move that has succeeded, and undoing one that has not.
 //!
-//! An undo takes back what [`Footing`](crate::parts::Footing) says, the record first if "moved" may be durable, then fence and slots,
-//! then the source is resumed (rules 9 and 10). It ends with the source serving, or says plainly that it could not.
+//! An undo takes back what [`Footing`](crate::parts::Footing) says, the record first if "moved" may be durable, then the backings
+//! if they were exchanged, then fence and slots, then the source is resumed (rules 9 and 10). It ends with the source serving, or says plainly that it could not.
 
 use crate::calls::{Calls, words};
 use crate::copy::Purpose;
 use crate::hooks::{Owner, RecordPhase};
+use crate::media_move::Way;
 use crate::mmc::Health;
 use crate::open::resume;
 use crate::parts::Parts;
@@ -31,11 +32,18 @@ impl Completing {
         Self { since: now, recorded: false }
     }
 
-    /// The destination serves whatever happens here: the "moved" record says so, and the fence is up.
+    /// The destination serves whatever happens here: the "moved" record says so, and the fence is up. (In a media move the copy
+    /// serves, behind the same controllers; they have been throttled for the move alone.)
     pub(crate) fn poll(&mut self, parts: &mut Parts, now: Time) -> Turn {
         self.recorded |= parts.recorded().is_some();
         let late = now.us_since(self.since) / 1000 >= parts.config.limits.undo_ms;
-        if !self.recorded && !late {
+        let mut unthrottled = true;
+        if parts.is_media_move() {
+            parts.limit_guest(0);
+            unthrottled = parts.settle_throttle(now) || parts.source.health() != Health::Ready;
+        }
+        let over = self.recorded && unthrottled;
+        if !over && !late {
             return Turn::Stay;
         }
         parts.source.forbid_reset(false);
@@ -57,6 +65,8 @@ pub(crate) fn delete_queues(parts: &mut Parts, now: Time) {
 enum Step {
     /// The record says "source" before anything relies on it.
     Record { written: bool },
+    /// The namespaces get their old backings back; the fence is still up.
+    Exchange { begun: bool },
     /// The source's controllers are resumed.
     Resume(Option<Calls>),
     /// The guest's limit is lifted.
@@ -99,7 +109,7 @@ impl Undoing {
             Step::Record { written } => {
                 if !parts.footing.moved || planted::on(Fault::UndoneWithoutRecord) {
                     parts.footing.moved = false;
-                    self.point_back(parts);
+                    self.exchange_back(parts);
                 } else if !*written {
                     // One record at a time: how an earlier one ends no longer matters.
                     if !parts.writing || parts.recorded().is_some() {
@@ -110,7 +120,7 @@ impl Undoing {
                     match result {
                         Ok(()) => {
                             parts.footing.moved = false;
-                            self.point_back(parts);
+                            self.exchange_back(parts);
                         }
                         Err(error) => (self.trouble, *written) = (error.to_string(), false),
                     }
@@ -118,6 +128,27 @@ impl Undoing {
                 // While the record may say "moved" the source must not run: a restart would find two owners.
                 if late && parts.footing.moved {
                     return self.doubt("the record of the undo could not be written");
+                }
+            }
+            Step::Exchange { begun } => {
+                let Way::Media(exchange) = &mut parts.way else {
+                    self.point_back(parts);
+                    return Turn::Stay;
+                };
+                if !std::mem::replace(begun, true) {
+                    exchange.undo();
+                }
+                match exchange.poll(now) {
+                    Some(Ok(())) => {
+                        parts.footing.exchanged = false;
+                        self.point_back(parts);
+                    }
+                    Some(Err(what)) => (self.trouble, *begun) = (what, false),
+                    None => {}
+                }
+                // The record says "source", and the fence is up: the guest waits rather than write to the copy.
+                if late && parts.footing.exchanged {
+                    return self.doubt("the backing could not be exchanged back");
                 }
             }
             Step::Resume(_) => {
@@ -166,6 +197,14 @@ impl Undoing {
 
     fn doubt(&self, what: &str) -> Turn {
         Turn::Doubt(self.reason.clone(), format!("{what}: {}", self.trouble))
+    }
+
+    fn exchange_back(&mut self, parts: &mut Parts) {
+        if parts.footing.exchanged {
+            self.step = Step::Exchange { begun: false };
+        } else {
+            self.point_back(parts);
+        }
     }
 
     fn point_back(&mut self, parts: &mut Parts) {

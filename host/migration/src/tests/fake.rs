@@ -42,6 +42,8 @@ pub struct Inner {
     pub nsze: u64,
     pub log: Arc<Mutex<Vec<String>>>,
     pub unreadable: BTreeSet<u64>,
+    /// The fence before its controllers is up.
+    pub fenced: bool,
     /// What was unreadable at the last flush.
     stable_unreadable: BTreeSet<u64>,
     /// What Write Uncorrectable ends with, where the drive has it but does not carry it out.
@@ -104,6 +106,7 @@ impl Drive {
             nsze: blocks,
             log: Arc::clone(log),
             unreadable: BTreeSet::new(),
+            fenced: false,
             stable_unreadable: BTreeSet::new(),
             refuse_marks: None,
             fail_reads: 0,
@@ -135,10 +138,10 @@ impl Drive {
         self.0.lock().expect("no test panics while it holds this")
     }
 
-    /// A guest's write through a controller; false while that is suspended.
+    /// A guest's write through a controller; false while that is suspended or fenced.
     pub fn guest_write(&self, cntlid: u16, slba: u64, blocks: u64, byte: u8) -> bool {
         let mut inner = self.lock();
-        if inner.controllers.get(&cntlid).is_none_or(|c| c.suspended) {
+        if inner.fenced || inner.controllers.get(&cntlid).is_none_or(|c| c.suspended) {
             return false;
         }
         let (from, to) = (slba as usize * BLOCK, (slba + blocks) as usize * BLOCK);

@@ -4,6 +4,8 @@ pub(crate) mod fake;
 mod holes;
 mod left_behind;
 mod marks;
+mod media_move;
+pub(crate) mod plain;
 mod rules;
 mod ways_back;
 
@@ -42,6 +44,8 @@ struct Paper {
     log: Log,
     records: Arc<Mutex<Vec<Record>>>,
     pending: Arc<Mutex<Option<u32>>>,
+    /// The last record that is durable.
+    durable: Arc<Mutex<Option<Record>>>,
     /// Records that fail from now on.
     fails: Arc<Mutex<u32>>,
 }
@@ -65,6 +69,7 @@ impl Journal for Paper {
             return Some(Err(JournalError("disk".into())));
         }
         let record = *self.records.lock().expect("records").last()?;
+        *self.durable.lock().expect("durable") = Some(record);
         self.log.lock().expect("log").push(format!("record {:?} {:?}", record.owner, record.phase));
         Some(Ok(()))
     }
@@ -90,6 +95,7 @@ impl FenceControl for FenceHook {
         }
         self.0.lock().expect("log").push("fence up".into());
         let mut source = self.1.lock();
+        source.fenced = true;
         if source.wakes_at_fence > 0 {
             source.wakes_at_fence -= 1;
             source.controllers.values_mut().for_each(|controller| controller.suspended = false);
@@ -97,6 +103,9 @@ impl FenceControl for FenceHook {
     }
     fn lower(&mut self, end: Owner) {
         let what = if end == Owner::Destination { "destination admitted" } else { "fence down" };
+        if end == Owner::Source {
+            self.1.lock().fenced = false;
+        }
         self.0.lock().expect("log").push(what.into());
     }
 }

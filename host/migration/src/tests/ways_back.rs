@@ -169,3 +169,17 @@ fn a_throttle_that_does_not_help_ends_after_a_cut_for_each_halving() {
     assert!(world.now / 1_000_000 < 34 * 20 + 200, "{} ms", world.now / 1_000_000);
     world.assert_source_serves();
 }
+
+/// A guest that writes nothing makes no rounds, and what was dear in the first one must not count for ever.
+#[test]
+fn costs_that_were_seen_at_a_bad_moment_are_looked_at_again() {
+    let mut tight = config();
+    tight.limits = Limits { downtime_budget_us: 2_000, max_time_ms: 2_000, ..Limits::default() };
+    let mut world = World::new(tight, |_, d| d.lock().delay = 3_000_000);
+    world.writes = 0;
+    world.run_until(|world| world.migration.report().rounds.count() > 0);
+    world.destination.lock().delay = 0;
+    assert_eq!(world.run(), Outcome::Moved);
+    assert_eq!(world.migration.report().rounds.count(), 1, "a look is no round");
+    world.assert_equal();
+}
