@@ -1,16 +1,21 @@
 //! The appliance: configuration, polling cores, clocks, jobs, durable records and the command line; it plugs the rooms together.
 //!
-//! Not here yet: exports of controllers (vfio-user, NVMe/TCP), physical devices, `dray run` with its control socket.
-//! Start reading at [`cli`] for what a user can do, at [`config`] for what `appliance.toml` may say, and at [`core`] for
-//! the threads.
+//! Not here yet: physical devices, more than one polling core.
+//! Start reading at [`cli`] for what a user can do, at [`config`] for what `appliance.toml` may say, at [`run`] for the appliance
+//! as it serves and [`control`] for how it is spoken to, and at [`core`] for the threads.
 
+pub mod apart;
 pub mod assembly;
+pub mod backings;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod core;
 pub mod image;
 pub mod live;
+pub mod moving;
 pub mod policies;
 pub mod recovery;
+pub mod run;
 pub mod store;
 pub mod summary;

@@ -1,49 +1,42 @@
 //! A migration with a guest, on threads: what the demo and the benchmark run.
 //!
-//! One polling core has both subsystems and the migration, another the guest. The caller's thread only looks and decides when
+//! One polling core has both subsystems (unless they are processes of their own: see [`crate::apart`]) and the migration, another
+//! the guest. The caller's thread only looks and decides when
 //! the next act begins: the guest settles, the migration runs, the guest goes on at the destination and resets its controller
 //! once, everything stops.
 
 use crate::assembly::{Machine, pages};
-use crate::config::{Config, MediaError, Trust};
-use crate::core::clock::{Clock, unix_seconds};
+use crate::config::Config;
+use crate::core::clock::Clock;
 use crate::core::jobs::Worker;
 use crate::core::reactor::{CoreDied, Part, Reactor};
 use crate::core::records::RecordJournal;
 use crate::core::status::Status;
+use crate::moving::{Board, Fences, Moving, MovingError, Plan, ingredients, migration_config, mmc_driver};
 use crate::policies::Seats;
 use crate::recovery::{Records, RecoveryError};
 use dray_controller::Subsystem;
+use dray_device::function::Function;
 use dray_device::poll::{Poll, Progress, Time};
-use dray_device::slot::{Fence, Plug, Slot, SlotError};
+use dray_device::slot::{Plug, Slot, SlotError};
 use dray_device::space::AddressSpace;
-use dray_driver::{Driver, DriverConfig, DriverError, DriverState, QueuePair, QueuePairConfig};
+use dray_driver::{Driver, DriverConfig, DriverError};
 use dray_migration::copy::CopySetupError;
 use dray_migration::{
-    CopyConfig, DriverMmc, FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Ingredients, Limits, LocalDestination,
-    LocalFeatures, Migration, MigrationConfig, OnMediaError, Outcome, Owner, PolicySettings, Policies, ProgressView, Report,
+    FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Migration, Outcome, Owner, Policies, ProgressView, Report,
 };
 use dray_workload::guest::{Guest, GuestConfig, GuestError, GuestHandle, GuestSampler, GuestStage, Phase};
 use dray_workload::ledger::Ledger;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How often the caller looks.
 const LOOK: Duration = Duration::from_millis(50);
-/// How often the migration publishes its progress.
-const PUBLISH_NS: u64 = 20_000_000;
 /// How long a guest may take to come up, or to stop.
 const GUEST_PATIENCE: Duration = Duration::from_secs(30);
-/// How long a management controller may take to come up.
-const MMC_PATIENCE_US: u64 = 10_000_000;
-/// Entries of the I/O queues that the media is copied through.
-const COPY_QUEUE: u16 = 128;
-
-/// Transfers at a time: enough to keep a disk busy in the last round, whose blocks lie apart.
-const TRANSFERS: usize = 64;
 
 /// What is run.
 pub struct LiveSpec<'a> {
@@ -131,6 +124,9 @@ pub enum LiveError {
     /// The guest.
     #[error("the guest: {0}")]
     Guest(#[from] GuestError),
+    /// The management controllers.
+    #[error(transparent)]
+    Moving(#[from] MovingError),
     /// The migration's set-up.
     #[error("the migration cannot be set up: {0}")]
     Migration(#[from] CopySetupError),
@@ -159,47 +155,31 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> LiveError {
     move |source| LiveError::Io { what, source }
 }
 
-/// What the polling core and the caller share.
-#[derive(Default)]
-struct Board {
-    start: Mutex<Option<Box<Migration>>>,
-    has_start: AtomicBool,
-    cancel: AtomicBool,
-    ended: AtomicBool,
-    view: Mutex<ProgressView>,
+/// What a guest and a migration need of the two ends, wherever these are.
+pub struct Ends {
+    /// What the guest drives.
+    pub function: Arc<dyn Function>,
+    /// Points that at one end or the other.
+    pub slot: Box<dyn FnOnce(GuestHandle) -> Box<dyn GuestSlot>>,
+    /// The fences before the controllers.
+    pub fences: Box<dyn FenceControl>,
+    /// The drivers of the management controllers, source first, not yet up.
+    pub management: [Driver; 2],
+    /// CNTLIDs: source, destination.
+    pub controllers: (u16, u16),
+    /// What this process has to poll.
+    pub subsystems: Vec<Subsystem>,
+    /// Called when the namespace has moved.
+    pub moved: Box<dyn FnOnce()>,
+    /// Kept until guest and migration have ended.
+    pub keep: Box<dyn std::any::Any>,
 }
 
 /// The polling core's part.
 struct CorePart {
-    source: Subsystem,
-    destination: Subsystem,
-    migration: Option<Box<Migration>>,
-    board: Arc<Board>,
-    published: Time,
-    status: Option<Status>,
+    subsystems: Vec<Subsystem>,
+    moving: Moving,
     pin: Option<usize>,
-}
-
-impl CorePart {
-    fn poll_migration(&mut self, now: Time) -> Progress {
-        if self.migration.is_none() && self.board.has_start.swap(false, Ordering::AcqRel) {
-            self.migration = self.board.start.lock().unwrap_or_else(PoisonError::into_inner).take();
-        }
-        let Some(migration) = &mut self.migration else { return Progress::IDLE };
-        if self.board.cancel.load(Ordering::Relaxed) {
-            migration.cancel();
-        }
-        let progress = migration.poll(now);
-        if let Some(status) = &mut self.status {
-            status.migration(migration);
-        }
-        if now.ns_since(self.published) >= PUBLISH_NS || *migration.outcome() != Outcome::Running {
-            self.published = now;
-            *self.board.view.lock().unwrap_or_else(PoisonError::into_inner) = migration.progress(now);
-            self.board.ended.store(*migration.outcome() != Outcome::Running, Ordering::Release);
-        }
-        progress
-    }
 }
 
 impl Poll for CorePart {
@@ -207,13 +187,15 @@ impl Poll for CorePart {
         if let Some(cpu) = self.pin.take() {
             pin_to(cpu);
         }
-        let subsystems = self.source.poll(now).and(self.destination.poll(now));
-        subsystems.and(self.poll_migration(now))
+        let mut progress = Progress::IDLE;
+        for subsystem in &mut self.subsystems {
+            progress = progress.and(subsystem.poll(now));
+        }
+        progress.and(self.moving.poll(now))
     }
 
     fn wakers(&self, visit: &mut dyn FnMut(BorrowedFd<'_>)) {
-        self.source.wakers(visit);
-        self.destination.wakers(visit);
+        self.subsystems.iter().for_each(|subsystem| subsystem.wakers(visit));
     }
 }
 
@@ -268,19 +250,6 @@ impl GuestSlot for SwitchedSlot {
     }
 }
 
-/// The fences of the source's and the destination's controller.
-struct Fences([Fence; 2]);
-
-impl FenceControl for Fences {
-    fn raise(&mut self, end: Owner) {
-        self.0[end as usize].raise();
-    }
-
-    fn lower(&mut self, end: Owner) {
-        self.0[end as usize].lower();
-    }
-}
-
 /// The guest's own figures; a hypervisor's would come from its controller.
 struct Figures(GuestSampler);
 
@@ -320,11 +289,11 @@ pub fn run_from(
     start: Start,
     look: &mut dyn FnMut(&LiveView),
 ) -> Result<LiveReport, LiveError> {
-    let clock = Clock::new();
-    let worker = Worker::start().map_err(io("the job worker"))?;
-    let Start { mut records, status } = start;
-    records.close()?;
-    let serving = records.serving()?;
+    run_with(spec, |serving| both_here(spec, source, destination, serving), seats, start, look)
+}
+
+/// Both ends in this process.
+fn both_here(spec: &LiveSpec<'_>, source: Machine, destination: Machine, serving: Owner) -> Result<Ends, LiveError> {
     let (from, to) = match (source.migratable.as_slice(), destination.migratable.as_slice()) {
         ([from], [to]) => (from, to),
         _ => return Err(LiveError::Set("the demo moves one migratable controller at each side".into())),
@@ -332,34 +301,63 @@ pub fn run_from(
     if serving == Owner::Destination && !from.fence.is_up() {
         return Err(LiveError::Set("the destination serves, and the source was built without its fence".into()));
     }
-    let ids = (from.cntlid, to.cntlid);
     let slot = Slot::new(AddressSpace::default(), from.io_queues.max(to.io_queues).saturating_add(1))?;
     slot.point_at(if serving == Owner::Source { &from.plug } else { &to.plug });
-    let driver = Driver::new(slot.function(), DriverConfig { pages: pages(spec.config), ..DriverConfig::default() })?;
+    let (function, plugs) = (slot.function(), [from.plug.clone(), to.plug.clone()]);
+    let switched = move |guest| {
+        let [source, destination] = plugs;
+        Box::new(SwitchedSlot { slot, source, destination, guest }) as Box<dyn GuestSlot>
+    };
+    Ok(Ends {
+        function,
+        slot: Box::new(switched),
+        fences: Box::new(Fences(vec![[from.fence.clone(), to.fence.clone()]])),
+        management: [mmc_driver(spec.config, &source.management.1)?, mmc_driver(spec.config, &destination.management.1)?],
+        controllers: (from.cntlid, to.cntlid),
+        subsystems: vec![source.subsystem, destination.subsystem],
+        moved: Box::new(|| ()),
+        keep: Box::new(()),
+    })
+}
+
+/// As [`run_from`], with the ends that `ends` brings up once the records are closed: it is told which of them serves.
+///
+/// # Errors
+/// As [`run`], and those of `ends`.
+pub fn run_with(
+    spec: &LiveSpec<'_>,
+    ends: impl FnOnce(Owner) -> Result<Ends, LiveError>,
+    seats: Seats,
+    start: Start,
+    look: &mut dyn FnMut(&LiveView),
+) -> Result<LiveReport, LiveError> {
+    let clock = Clock::new();
+    let worker = Worker::start().map_err(io("the job worker"))?;
+    let Start { mut records, status } = start;
+    records.close()?;
+    let serving = records.serving()?;
+    let Ends { function, slot, fences, management, controllers, subsystems, moved: let_go, keep } = ends(serving)?;
+    let driver = Driver::new(function, DriverConfig { pages: pages(spec.config), ..DriverConfig::default() })?;
     let (guest, handle) = Guest::new(driver, spec.guest.clone(), Arc::clone(&spec.ledger))?;
     take_up_marks(&handle, serving);
-    let switched = SwitchedSlot {
-        slot,
-        source: from.plug.clone(),
-        destination: to.plug.clone(),
-        guest: handle.clone(),
+    let plan = Plan {
+        id: records.next_migration(),
+        ends: records.ends(),
+        controllers: vec![controllers],
+        namespaces: vec![(spec.guest.nsid, spec.guest.nsid)],
+        seed: spec.seed,
+        max_bytes_per_s: spec.max_bytes_per_s,
     };
-    let fences = Fences([from.fence.clone(), to.fence.clone()]);
-    let config = migration_config(spec, ids, &records);
+    let config = migration_config(spec.config, plan);
     let jobs = worker.jobs().ok_or_else(|| LiveError::Set("the job worker has ended".into()))?;
     let journal = RecordJournal::new(records.into_stores(), Box::new(jobs));
-    let mmcs = [mmc_driver(spec.config, &source)?, mmc_driver(spec.config, &destination)?];
 
     let board = Arc::new(Board::default());
     let idle = spec.config.file.core.idle;
     let (core_cpu, guest_cpu) = spec.pin.unzip();
     let core = CorePart {
-        source: source.subsystem,
-        destination: destination.subsystem,
-        migration: None,
-        board: Arc::clone(&board),
-        published: Time(0),
-        status: status.clone(),
+        subsystems,
+        moving: Moving::new(Arc::clone(&board), status.clone()),
         pin: core_cpu,
     };
     let core = Reactor::start("dray-core", clock, idle, core).map_err(io("the polling core"))?;
@@ -371,12 +369,16 @@ pub fn run_from(
     if migrated {
         play.settle(Act::Settling)?;
         let hooks = Hooks {
-            slot: Box::new(switched),
+            slot: slot(handle.clone()),
             journal: Box::new(journal),
-            fence: Box::new(fences),
+            fence: fences,
             guest: Box::new(Figures(handle.sampler())),
         };
-        play.migrate(Box::new(Migration::new(config, ingredients(mmcs, clock, seats, hooks)?, clock.now())?));
+        let policies = Policies { cdq: vec![seats.cdq], tracking: seats.tracking, copy: seats.copy };
+        play.migrate(Box::new(Migration::new(config, ingredients(management, clock, policies, hooks)?, clock.now())?));
+        if play.board.has_moved() {
+            let_go();
+        }
     } else {
         play.settle(Act::After)?;
     }
@@ -384,8 +386,10 @@ pub fn run_from(
     handle.stop();
     play.until(Act::Stopping, GUEST_PATIENCE, |handle, _| handle.is_over());
     drop(guest.stop()?);
-    let part = core.stop()?;
-    let report = part.migration.map(|migration| migration.report().clone()).unwrap_or_default();
+    let mut part = core.stop()?;
+    let report = part.moving.take().map(|migration| migration.report().clone()).unwrap_or_default();
+    drop(part);
+    drop(keep);
     let guest_error = handle.first_error();
     let serving = if moved(&report) { Owner::Destination } else { serving };
     Ok(LiveReport { migration: report, guest: handle, guest_error, same_identity, migrated, serving })
@@ -400,94 +404,6 @@ fn take_up_marks(handle: &GuestHandle, serving: Owner) {
     handle.ledger().recover_suspend_floor();
     if handle.ledger().resume_mark().is_none() {
         handle.mark_resume();
-    }
-}
-
-/// Both management controllers with their queues, the policies and the surroundings, as a migration takes them.
-fn ingredients(mmcs: [Driver; 2], clock: Clock, seats: Seats, hooks: Hooks) -> Result<Ingredients, LiveError> {
-    let [from, to] = mmcs;
-    let (from, to) = (ready(from, clock)?, ready(to, clock)?);
-    let oncs = to.0.identify().map(|identify| identify.oncs).unwrap_or_default();
-    let features = LocalFeatures { compare: oncs.compare(), write_uncorrectable: oncs.write_uncorrectable(), reads_zero: false };
-    let (source_space, destination_space) = (from.0.space().clone(), to.0.space().clone());
-    Ok(Ingredients {
-        source: Box::new(DriverMmc::new(from.0, COPY_QUEUE)),
-        source_queue: Box::new(from.1),
-        source_space,
-        destination: Box::new(DriverMmc::new(to.0, COPY_QUEUE)),
-        media: Box::new(LocalDestination::new(Box::new(to.1), destination_space, features)),
-        policies: Policies { cdq: vec![seats.cdq], tracking: seats.tracking, copy: seats.copy },
-        hooks,
-    })
-}
-
-fn mmc_driver(config: &Config, machine: &Machine) -> Result<Driver, DriverError> {
-    Driver::new(machine.management.1.function(), DriverConfig { pages: pages(config), ..DriverConfig::default() })
-}
-
-/// Brings a management controller up and gives it an I/O queue. The polling core runs already.
-fn ready(mut driver: Driver, clock: Clock) -> Result<(Driver, QueuePair), LiveError> {
-    let end = clock.now().after_us(MMC_PATIENCE_US);
-    let late = || LiveError::Set("a management controller did not come up in time".into());
-    let mut ticket = None;
-    loop {
-        let now = clock.now();
-        if now >= end {
-            return Err(late());
-        }
-        let _progress = driver.poll(now);
-        if let DriverState::Failed(error) = driver.state() {
-            return Err(LiveError::Set(format!("a management controller did not come up: {error}")));
-        }
-        if !driver.is_ready() {
-            continue;
-        }
-        let Some(ticket) = &ticket else {
-            let config = QueuePairConfig { entries: COPY_QUEUE, vector: None };
-            ticket = driver.create_queue_pair(now, config).ok();
-            continue;
-        };
-        if let Some(pair) = driver.queue_pair(ticket) {
-            return Ok((driver, pair?));
-        }
-    }
-}
-
-fn migration_config(spec: &LiveSpec<'_>, controllers: (u16, u16), records: &Records) -> MigrationConfig {
-    let file = &spec.config.file;
-    let settings = |policy: &crate::config::Policy| policy.settings.clone().into_iter().collect();
-    let micros = |span: crate::config::units::Span| span.0.as_micros();
-    MigrationConfig {
-        id: records.next_migration(),
-        ends: records.ends(),
-        seed: spec.seed,
-        namespaces: vec![(spec.guest.nsid, spec.guest.nsid)],
-        controllers: vec![controllers],
-        cdq_slots: file.migration.cdq_slots,
-        copy: CopyConfig {
-            transfers: TRANSFERS,
-            on_media_error: match file.migration.media_error {
-                MediaError::Fail => OnMediaError::Fail,
-                MediaError::Mark => OnMediaError::Mark,
-            },
-            ..CopyConfig::default()
-        },
-        max_bytes_per_s: spec.max_bytes_per_s,
-        limits: Limits {
-            max_rounds: file.migration.max_rounds,
-            max_time_ms: u64::try_from(micros(file.migration.max_time) / 1000).unwrap_or(u64::MAX),
-            downtime_budget_us: u32::try_from(micros(file.migration.downtime)).unwrap_or(u32::MAX),
-            ..Limits::default()
-        },
-        may_throttle: file.migration.throttle_guest,
-        trust_drive: file.migration.trust == Trust::Drive,
-        unix_s: unix_seconds(),
-        settings: PolicySettings {
-            cdq: settings(&file.policy.cdq),
-            tracking: settings(&file.policy.tracking),
-            copy: settings(&file.policy.copy),
-        },
-        ..MigrationConfig::default()
     }
 }
 
@@ -517,7 +433,7 @@ impl Play<'_, '_> {
             if now >= end {
                 return false;
             }
-            let migration = *self.board.view.lock().unwrap_or_else(PoisonError::into_inner);
+            let migration = self.board.view();
             let (guest, sample) = (self.handle.counters(), self.sampler.sample());
             (self.look)(&LiveView { act, migration, guest, sample, elapsed: Duration::from_nanos(now.0) });
             std::thread::sleep(LOOK.min(Duration::from_nanos(end.ns_since(now))));
@@ -539,14 +455,13 @@ impl Play<'_, '_> {
 
     fn migrate(&mut self, migration: Box<Migration>) {
         self.handle.set_phase(Phase::During);
-        *self.board.start.lock().unwrap_or_else(PoisonError::into_inner) = Some(migration);
-        self.board.has_start.store(true, Ordering::Release);
+        self.board.start(migration);
         let cancel = Arc::clone(&self.spec.cancel);
         self.until(Act::Migrating, Duration::MAX, move |_, board| {
             if cancel.load(Ordering::Relaxed) {
-                board.cancel.store(true, Ordering::Relaxed);
+                board.cancel();
             }
-            board.ended.load(Ordering::Acquire)
+            board.has_ended()
         });
         self.handle.mark_resume();
         self.handle.set_phase(Phase::After);

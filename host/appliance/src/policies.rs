@@ -80,6 +80,16 @@ pub fn seat(config: &Config, clock: Clock) -> Result<(Seats, PolicyHost), Policy
     Ok((seats, PolicyHost { _tickers: tickers }))
 }
 
+/// More seats for the queues' policy: each controller that moves has its own queue.
+///
+/// # Errors
+/// [`PolicyError`].
+pub fn more_cdq(config: &Config, clock: Clock, count: usize) -> Result<(Vec<Box<dyn Seat<Cdq>>>, PolicyHost), PolicyError> {
+    let mut tickers = Vec::new();
+    let seats = (0..count).map(|_| one::<Cdq>(config, &config.file.policy.cdq, clock, &mut tickers)).collect::<Result<_, _>>()?;
+    Ok((seats, PolicyHost { _tickers: tickers }))
+}
+
 /// The factory of one policy: a component, checked and compiled, or the native one.
 ///
 /// # Errors

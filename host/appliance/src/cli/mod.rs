@@ -4,8 +4,12 @@ mod cdq;
 mod check;
 mod demo;
 mod device;
+mod end;
 mod history;
+mod migrate;
 mod plugin;
+mod run;
+mod status;
 
 use crate::config::units::Size;
 use clap::{Args, Parser, Subcommand};
@@ -29,6 +33,49 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the appliance on its configuration: subsystems, exports, policies, until SIGTERM or Ctrl-C
+    #[command(after_help = "Example: dray run --config appliance.toml")]
+    Run,
+    /// Show what the running appliance has: subsystems and who serves them, exports and their clients, policies, migrations
+    #[command(after_help = "Example: dray status --json")]
+    Status {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Move what a subsystem of the running appliance serves to another, while its clients go on
+    #[command(after_help = "Example: dray migrate source --to destination\n\n\
+        Ctrl-C cancels it. Exit codes: 0 moved; 1 it did not begin, or the appliance was lost; 3 undone, the source serves; \
+        4 in doubt, an operator must look; 130 cancelled, the source serves.")]
+    Migrate {
+        /// The subsystem that is left, by its name in the configuration
+        name: String,
+        /// The subsystem that is moved to
+        #[arg(long, value_name = "OTHER")]
+        to: String,
+        /// Print how it ended as one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Exchange a namespace's backing for a copy in another file, while its controllers stay before their clients
+    #[command(after_help = "Example: dray media-move source 1 --to /srv/copy.img\n\n\
+        Ctrl-C cancels it. Exit codes: 0 moved; 1 it did not begin, or the appliance was lost; 3 undone, the old file serves; \
+        4 in doubt, an operator must look; 130 cancelled, the old file serves.")]
+    MediaMove {
+        /// The subsystem, by its name in the configuration
+        subsystem: String,
+        /// The namespace
+        nsid: u32,
+        /// The file of the copy, which is made; or one that the namespace had before, or a block device
+        #[arg(long, value_name = "FILE")]
+        to: PathBuf,
+        /// Print how it ended as one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// One end of `dray demo --attach` as a process of its own
+    #[command(hide = true)]
+    ServeEnd(EndArgs),
     /// Move a namespace while its guest writes, compare every block, account for every write
     #[command(after_help = "Example: dray demo --rate 10000 --json | tail -n 1 | python3 -m json.tool")]
     Demo(DemoArgs),
@@ -60,6 +107,9 @@ pub(crate) struct DemoArgs {
     /// migration that was cut short is closed, the guest goes on with its disk and its ledger
     #[arg(long, conflicts_with_all = ["image", "size", "destination", "seed"])]
     resume: bool,
+    /// Run source and destination in a process each, the guest and the migration in this one, and attach them by vfio-user
+    #[arg(long, value_name = "HOW")]
+    attach: Option<Attach>,
     /// A raw image to move instead of the one the demo makes; it is copied first, never written
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
@@ -95,6 +145,34 @@ pub(crate) struct DemoArgs {
     json: bool,
 }
 
+/// How the demo's guest reaches its controllers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Attach {
+    /// By vfio-user, over Unix sockets
+    VfioUser,
+}
+
+/// What an end of the demo is told.
+#[derive(Clone, Debug, Args)]
+struct EndArgs {
+    /// The subsystem
+    name: String,
+    /// Where its sockets are made
+    #[arg(long, value_name = "FOLDER")]
+    sockets: PathBuf,
+    /// Its controllers come up behind a raised fence
+    #[arg(long)]
+    fenced: bool,
+    /// The file of a namespace
+    #[arg(long, value_name = "NSID=FILE", value_parser = file_of_nsid)]
+    file: Vec<(u32, PathBuf)>,
+}
+
+fn file_of_nsid(text: &str) -> Result<(u32, PathBuf), String> {
+    let (nsid, path) = text.split_once('=').ok_or("no `=`")?;
+    Ok((nsid.parse().map_err(|error| format!("{nsid}: {error}"))?, path.into()))
+}
+
 #[derive(Debug, Subcommand)]
 enum DeviceCommand {
     /// List controllers and namespaces
@@ -105,9 +183,11 @@ enum DeviceCommand {
         json: bool,
     },
     /// Show all that a controller says of itself: registers, Identify structures, log pages, features
-    #[command(after_help = "Example: dray device identify source:2")]
+    #[command(after_help = "Example: dray device identify source:2\n\n\
+        `dray device identify vfio-user:source.sock` looks at whatever NVMe controller is behind that socket. It is reset and \
+        brought up for that, and shut down again: it must be nobody else's.")]
     Identify {
-        /// SUBSYSTEM:CNTLID, as `dray device list` shows them
+        /// SUBSYSTEM:CNTLID, as `dray device list` shows them, or vfio-user:PATH for an NVMe controller behind that socket
         device: String,
         /// As JSON
         #[arg(long)]
@@ -172,6 +252,11 @@ pub fn main() -> ExitCode {
     let provoking = matches!(cli.command, Command::Plugin(PluginCommand::Check { .. }));
     log_to_stderr(cli.verbose, provoking);
     let result = match cli.command {
+        Command::Run => run::run(&cli.config),
+        Command::Status { json } => status::run(&cli.config, json),
+        Command::Migrate { name, to, json } => migrate::run(&cli.config, &name, &to, json),
+        Command::MediaMove { subsystem, nsid, to, json } => migrate::media(&cli.config, &subsystem, nsid, &to, json),
+        Command::ServeEnd(args) => end::run(&cli.config, &args),
         Command::Demo(args) => demo::run(&cli.config, &args),
         Command::Device(DeviceCommand::List { json }) => device::list(&cli.config, json),
         Command::Device(DeviceCommand::Identify { device, json }) => device::identify(&cli.config, &device, json),

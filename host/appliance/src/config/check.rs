@@ -13,7 +13,7 @@ pub(super) struct Problem {
     pub(super) help: String,
 }
 
-fn problem<T>(place: &Spanned<T>, message: impl Into<String>, help: impl Into<String>) -> Problem {
+pub(super) fn problem<T>(place: &Spanned<T>, message: impl Into<String>, help: impl Into<String>) -> Problem {
     Problem { span: place.span(), message: message.into(), help: help.into() }
 }
 
@@ -30,6 +30,7 @@ pub(super) fn check(config: &Config) -> Result<(), Problem> {
         check_controllers(subsystem)?;
     }
     check_migration(config)?;
+    super::export::check(config)?;
     for (role, policy) in
         [("cdq", &config.file.policy.cdq), ("tracking", &config.file.policy.tracking), ("copy", &config.file.policy.copy)]
     {

@@ -5,6 +5,7 @@
 //! the file, the line and the key, and says what would be right.
 
 mod check;
+pub mod export;
 pub mod units;
 
 pub use check::parse_nguid as nguid_bytes;
@@ -26,6 +27,9 @@ pub struct File {
     /// The software NVM subsystems.
     #[serde(rename = "subsystem")]
     pub subsystems: Vec<Subsystem>,
+    /// Controllers before clients.
+    #[serde(default, rename = "export")]
+    pub exports: Vec<export::Export>,
     /// What moves, and its limits.
     pub migration: Migration,
     /// The three policies.

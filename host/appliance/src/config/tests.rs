@@ -102,3 +102,89 @@ fn a_missing_file_is_named() {
     let error = Config::read(Path::new("no/such.toml")).expect_err("missing").to_string();
     assert!(error.contains("no/such.toml"), "{error}");
 }
+
+/// [`GOOD`] with more at its end; the line where that begins.
+fn with(more: &str) -> (String, usize) {
+    (format!("{GOOD}{more}"), GOOD.matches('\n').count() + 1)
+}
+
+const VFIO: &str = "[[export]]\nsubsystem = \"a\"\ncontroller = 2\nby = \"vfio-user\"\n";
+const TCP: &str = "[[export]]\nsubsystem = \"a\"\ncontroller = 2\nby = \"nvme-tcp\"\nhosts = [{ nqn = \"nqn.2014-08.org.example:h\" }]\n";
+
+#[test]
+fn exports_have_defaults() {
+    let config = parse(&with(VFIO).0).expect("good");
+    let export = &config.file.exports[0];
+    assert_eq!(export.cntlids(), [2]);
+    assert!(export.socket_path(&config).ends_with("target/dray/state/a-2.sock"));
+    let config = parse(&with(TCP).0).expect("good");
+    assert_eq!(config.file.exports[0].address().map(|a| a.to_string()).as_deref(), Some(export::DEFAULT_LISTEN));
+    let management = VFIO.replace("controller = 2", "controller = 1");
+    parse(&with(&format!("{VFIO}{management}{}", management.replace("\"a\"", "\"b\""))).0).expect("good");
+}
+
+#[test]
+fn each_mistake_of_an_export_names_its_line_and_what_would_be_right() {
+    for (good, from, to, line, words) in [
+        (VFIO, "\"a\"", "\"c\"", 2, &["no subsystem \"c\"", "a, b"][..]),
+        (VFIO, "controller = 2", "controller = 7", 3, &["no controller 7", "there are: 1, 2"]),
+        (VFIO, "controller = 2\n", "", 2, &["names its controller", "controller = 2"]),
+        (VFIO, "controller = 2", "controllers = [2]", 4, &["one controller", "[[export]] for each"]),
+        (VFIO, "vfio-user", "vfio", 4, &["vfio", "vfio-user", "nvme-tcp"]),
+        (VFIO, "controller = 2", "controler = 2", 3, &["controler", "controller"]),
+        (VFIO, "by =", "listen = \"127.0.0.1:1\"\nby =", 4, &["listen", "nvme-tcp", "remove"]),
+        (VFIO, "by =", "bar0 = \"all\"\nby =", 4, &["all", "doorbells", "whole", "trapped"]),
+        (TCP, "controller = 2", "controller = 1", 4, &["management controller", "vfio-user"]),
+        (TCP, "by =", "listen = \"localhost\"\nby =", 4, &["localhost", "127.0.0.1:4420"]),
+        (TCP, "by =", "socket = \"x\"\nby =", 4, &["socket", "vfio-user"]),
+        (TCP, "hosts = [{ nqn = \"nqn.2014-08.org.example:h\" }]\n", "", 2, &["nobody may connect", "/etc/nvme/hostnqn"]),
+        (TCP, "nqn.2014", "2014", 5, &["no NVMe Qualified Name", "nqn."]),
+        (TCP, "\" }", "\", secret-file = \"none\" }", 5, &["none", "not there", "gen-dhchap-key"]),
+        (TCP, "\" }", "\", controller-secret-file = \"none\" }", 5, &["none of its own", "secret-file"]),
+        (TCP, "\" }", "\", secret = \"x\" }", 5, &["secret"]),
+    ] {
+        assert!(good.contains(from), "{from}");
+        let (text, first) = with(&good.replacen(from, to, 1));
+        match parse(&text).expect_err("must be refused") {
+            ConfigError::Wrong { line: at, message, help, .. } => {
+                let said = format!("{message} / {}", help.unwrap_or_default());
+                assert_eq!(at, first + line - 1, "{to}: {said}");
+                for word in words {
+                    assert!(said.contains(word), "{to}: {said}");
+                }
+            }
+            other => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
+fn two_exports_do_not_share_a_controller_a_socket_or_a_name() {
+    let refused = |more: String, words: &str| {
+        let error = parse(&with(&more).0).expect_err("must be refused").to_string();
+        assert!(error.contains(words), "{error}");
+    };
+    refused(format!("{VFIO}{TCP}"), "exported twice");
+    let socket = "socket = \"x.sock\"\n";
+    refused(format!("{VFIO}{socket}{}{socket}", VFIO.replace("controller = 2", "controller = 1")), "same socket");
+    let long = format!("{VFIO}socket = \"{}\"\n", "x".repeat(120));
+    refused(long, "longer than");
+    let mut more = GOOD.replacen("namespaces = [1]\n", "namespaces = [1]\n[[subsystem.controller]]\ncntlid = 3\nrole = \"migratable\"\n", 1);
+    more.push_str(&format!("{TCP}{}", TCP.replace("controller = 2", "controller = 3")));
+    let error = parse(&more).expect_err("twice").to_string();
+    assert!(error.contains("exported twice at 127.0.0.1:4420"), "{error}");
+    let both = more.replacen("controller = 2\nby", "controllers = [2, 3]\nby", 1);
+    let both = &both[..both.rfind("[[export]]").expect("the second")];
+    assert_eq!(parse(both).expect("good").file.exports[0].cntlids(), [2, 3]);
+}
+
+#[test]
+fn what_is_moved_to_has_no_clients_of_its_own() {
+    let there = GOOD.replacen(
+        "cntlid = 1\nrole = \"management\"\n[migration]",
+        "cntlid = 1\nrole = \"management\"\n[[subsystem.controller]]\ncntlid = 2\nrole = \"migratable\"\n[migration]",
+        1,
+    );
+    let error = parse(&format!("{there}{}", VFIO.replace("\"a\"", "\"b\""))).expect_err("refused").to_string();
+    assert!(error.contains("moves to"), "{error}");
+}

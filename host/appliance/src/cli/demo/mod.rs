@@ -4,8 +4,10 @@ mod input;
 mod progress;
 mod verdict;
 
-use super::DemoArgs;
+use super::{Attach, DemoArgs};
+use crate::apart::{self, EndSpec};
 use crate::assembly::{self, Machine};
+use crate::backings;
 use crate::config::Config;
 use crate::config::units::Size;
 use crate::core::clock::Clock;
@@ -37,6 +39,9 @@ pub(super) fn run(file: &Path, args: &DemoArgs) -> miette::Result<ExitCode> {
     let _state = StateLock::take(&state).into_diagnostic().wrap_err_with(|| state.display().to_string())?;
     if args.resume {
         Kept::find(&config)?.apply(&mut config);
+        if backings::is_elsewhere(&config)? {
+            return Err(miette!(help = "go on with `dray run`", "a media move of `dray run` has put the demo's disk elsewhere"));
+        }
     }
     apply(&mut config, args);
     let cancel = cancelled_by_signals()?;
@@ -56,7 +61,10 @@ pub(super) fn run(file: &Path, args: &DemoArgs) -> miette::Result<ExitCode> {
         return Err(miette!("cancelled; nothing was moved"));
     }
     let serving = records.serving()?;
-    let [source, destination] = machines(&config, &records)?;
+    let ends = match args.attach {
+        None => Some(machines(&config, &records)?),
+        Some(Attach::VfioUser) => None,
+    };
     let found = args.resume.then(|| records.line());
     if args.resume {
         let disk = if serving == Owner::Source { &input.source } else { &input.destination };
@@ -83,9 +91,18 @@ pub(super) fn run(file: &Path, args: &DemoArgs) -> miette::Result<ExitCode> {
         pin: None,
         cancel: Arc::clone(&cancel),
     };
+    let fenced = fenced(&config, &records);
     let start = Start { records, status: Some(status) };
     let history = (serving == Owner::Source).then(|| Keeper::begin(&config, input.nsid));
-    let report = live::run_from(&spec, source, destination, seats, start, &mut |view| screen.show(view))?;
+    let report = match ends {
+        Some([source, destination]) => {
+            live::run_from(&spec, source, destination, seats, start, &mut |view| screen.show(view))?
+        }
+        None => {
+            let begin = |serving| apart::ends(apart_specs(file, &config, &state, fenced), serving, &mut |line| eprintln!("{line}"));
+            live::run_with(&spec, begin, seats, start, &mut |view| screen.show(view))?
+        }
+    };
     drop(policy_host);
     screen.finish();
     let summary = verdict::judge(&config, &input, &report, found).wrap_err("the verdict could not be given")?;
@@ -116,6 +133,9 @@ fn anew(config: &Config, args: &DemoArgs, records: &mut Records, screen: &mut Sc
     Kept::forget(config)?;
     let input = input::make(config, args, screen)?;
     records.renew()?;
+    for subsystem in &config.file.subsystems {
+        backings::forget(config, subsystem)?;
+    }
     Kept::keep(config, &input)?;
     Ok(input)
 }
@@ -127,6 +147,19 @@ fn machines(config: &Config, records: &Records) -> miette::Result<[Machine; 2]> 
         assembly::machine_behind(config, subsystem, records.is_fenced(subsystem)).into_diagnostic()
     };
     Ok([machine(&config.file.migration.from)?, machine(&config.file.migration.to)?])
+}
+
+/// Which of the two ends comes up behind a raised fence.
+fn fenced(config: &Config, records: &Records) -> [bool; 2] {
+    let ends = [&config.file.migration.from, &config.file.migration.to];
+    ends.map(|end| config.subsystem(end.get_ref()).is_some_and(|subsystem| records.is_fenced(subsystem)))
+}
+
+/// Source and destination, in a process each.
+fn apart_specs<'a>(file: &'a Path, config: &'a Config, folder: &'a Path, fenced: [bool; 2]) -> [EndSpec<'a>; 2] {
+    let ends = [&config.file.migration.from, &config.file.migration.to];
+    let [from, to] = ends.map(|end| end.get_ref().as_str());
+    [(from, fenced[0]), (to, fenced[1])].map(|(name, fenced)| EndSpec { file, config, name, fenced, folder })
 }
 
 /// Says whether the disk that serves has everything, before anything goes on.

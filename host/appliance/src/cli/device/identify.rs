@@ -4,6 +4,7 @@ use super::page::Page;
 use super::session::{Answer, Session};
 use super::{Device, controller, devices, feature, log, namespace, print, registers, start};
 use crate::config::{Config, Role};
+use dray_device::space::AddressSpace;
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::identify::{
     Cns, CommandSetId, IDENTIFY_BYTES, IdentifyController, IdentifyControllerNvm, IdentifyNamespace,
@@ -15,27 +16,50 @@ use std::path::Path;
 use std::process::ExitCode;
 use zerocopy::FromBytes;
 
+/// What a controller behind a socket is called by.
+const VFIO_USER: &str = "vfio-user:";
+
 /// Key, title and section of a structure.
 type Name = (&'static str, &'static str, &'static str);
 
 /// Shows all structures of the controller that is called `device`.
 pub(in super::super) fn run(config: &Path, device: &str, as_json: bool) -> miette::Result<ExitCode> {
+    if let Some(path) = device.strip_prefix(VFIO_USER) {
+        return behind_socket(device, Path::new(path), as_json);
+    }
     let config = Config::read(config)?;
     let found = devices(&config).find(|d| d.name() == device).ok_or_else(|| {
         let names: Vec<_> = devices(&config).map(|d| d.name()).collect();
         miette!(help = "`dray device list` says more about each", "no device \"{device}\"; there are: {}", names.join(", "))
     })?;
     let page = whole(&config, found)?;
+    show(&page, &found.name(), found.role(), &found.subsystem.nqn, as_json)
+}
+
+/// Shows all structures of whatever NVMe controller is behind a vfio-user socket.
+fn behind_socket(name: &str, path: &Path, as_json: bool) -> miette::Result<ExitCode> {
+    let mut session = Session::elsewhere(name, crate::apart::connect(path, AddressSpace::default())?)?;
+    let id = session.driver().identify().copied();
+    let id = id.ok_or_else(|| miette!("{name}: no Identify Controller"))?;
+    let (is_management, nqn) = (id.oacs.hmlms(), id.subsystem_nqn().unwrap_or("?").to_owned());
+    let others = if is_management { ask(&mut session, Cns::CONTROLLERS, 0)?.ok() } else { None };
+    let others = others.iter().flat_map(|answer| controller_list(&answer.data)).filter(|&other| other != id.cntlid);
+    let cntlids: Vec<_> = others.collect();
+    let page = pages(&mut session, is_management, &cntlids)?;
+    session.close()?;
+    show(&page, name, if is_management { "management" } else { "I/O" }, &nqn, as_json)
+}
+
+fn show(page: &Page, name: &str, role: &str, nqn: &str, as_json: bool) -> miette::Result<ExitCode> {
     if as_json {
         let mut json = page.to_json();
-        json["device"] = found.name().into();
-        json["role"] = found.role().into();
+        json["device"] = name.into();
+        json["role"] = role.into();
         print(&format!("{json:#}\n"))?;
     } else {
         let mut text = String::new();
         // Writing to a string cannot fail.
-        let _infallible =
-            writeln!(text, "{}, {} controller of {}", found.name(), found.role(), found.subsystem.nqn);
+        let _infallible = writeln!(text, "{name}, {role} controller of {nqn}");
         page.write(&mut text);
         print(&text)?;
     }
@@ -48,23 +72,29 @@ pub(super) fn whole(config: &Config, device: Device<'_>) -> miette::Result<Page>
     let slot = device.slot(&machine)?;
     let cntlids: Vec<_> = machine.migratable.iter().map(|m| m.cntlid).collect();
     let mut session = Session::open(&device.name(), &mut machine.subsystem, &slot)?;
+    let page = pages(&mut session, device.controller.role == Role::Management, &cntlids)?;
+    session.close()?;
+    Ok(page)
+}
+
+/// All that a controller says. `cntlids` are those that it manages.
+fn pages(session: &mut Session<'_>, is_management: bool, cntlids: &[u16]) -> miette::Result<Page> {
     // First, so that questions below which the controller refuses do not show as errors.
     let error_entries = session.driver().identify().map_or(1, |id| usize::from(id.elpe) + 1);
-    let logs = log::pages(&mut session, error_entries)?;
+    let logs = log::pages(session, error_entries)?;
     let mut page = Page::new("", "", "");
     page.add(registers::page(session.driver().function().as_ref()));
-    let id = identify_controller(&mut session, &mut page)?;
-    if device.controller.role == Role::Management {
+    let id = identify_controller(session, &mut page)?;
+    if is_management {
         let (name, cns) = (controller::STATE_FORMATS, Cns::CONTROLLER_STATE_FORMATS);
-        page.add(structure(&mut session, name, cns, 0, controller::state_formats)?);
+        page.add(structure(session, name, cns, 0, controller::state_formats)?);
     }
-    page.add(controllers(&mut session)?);
-    let (list, nsids) = namespaces(&mut session)?;
+    page.add(controllers(session)?);
+    let (list, nsids) = namespaces(session)?;
     page.add(list);
     page.add(logs);
-    let scope = feature::Scope { nsids: &nsids, cntlids: &cntlids, selects: id.oncs.save_select() };
-    page.add(feature::pages(&mut session, &scope)?);
-    session.close()?;
+    let scope = feature::Scope { nsids: &nsids, cntlids, selects: id.oncs.save_select() };
+    page.add(feature::pages(session, &scope)?);
     Ok(page)
 }
 

@@ -3,19 +3,22 @@
 use crate::core::clock::Clock;
 use dray_controller::Subsystem;
 use dray_device::command::SubmitError;
+use dray_device::function::Function;
 use dray_device::poll::{Poll, Time};
 use dray_device::slot::Slot;
 use dray_driver::{AdminData, Driver, DriverConfig, DriverState};
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::status::Status;
 use miette::miette;
+use std::sync::Arc;
 
 /// How long anything may take: a controller in the same process answers in microseconds.
 const PATIENCE_MS: u64 = 5_000;
 
-/// A driver that is ready, and the subsystem behind it.
+/// A driver that is ready, and the subsystem behind it if that is in this process.
 pub(super) struct Session<'a> {
-    subsystem: &'a mut Subsystem,
+    /// What this process has to poll besides the driver.
+    subsystem: Option<&'a mut Subsystem>,
     driver: Driver,
     clock: Clock,
     name: String,
@@ -33,7 +36,16 @@ pub(super) struct Answer {
 impl<'a> Session<'a> {
     /// Drives the controller behind `slot` until it is ready.
     pub(super) fn open(name: &str, subsystem: &'a mut Subsystem, slot: &Slot) -> miette::Result<Self> {
-        let driver = Driver::new(slot.function(), DriverConfig::default()).map_err(|error| miette!("{name}: {error}"))?;
+        Self::over(name, Some(subsystem), slot.function())
+    }
+
+    /// Drives a controller that another process polls.
+    pub(super) fn elsewhere(name: &str, function: Arc<dyn Function>) -> miette::Result<Self> {
+        Self::over(name, None, function)
+    }
+
+    fn over(name: &str, subsystem: Option<&'a mut Subsystem>, function: Arc<dyn Function>) -> miette::Result<Self> {
+        let driver = Driver::new(function, DriverConfig::default()).map_err(|error| miette!("{name}: {error}"))?;
         let mut session = Self { subsystem, driver, clock: Clock::new(), name: name.into() };
         session.until("becoming ready", |driver, _| driver.is_ready().then_some(()))?;
         Ok(session)
@@ -54,7 +66,12 @@ impl<'a> Session<'a> {
         let deadline = self.clock.now().after_ms(PATIENCE_MS);
         loop {
             let now = self.clock.now();
-            let _both_are_polled_again = self.subsystem.poll(now).and(self.driver.poll(now));
+            let _both_are_polled_again = self.driver.poll(now);
+            match &mut self.subsystem {
+                Some(subsystem) => _ = subsystem.poll(now),
+                // It may need this processor.
+                None => std::thread::yield_now(),
+            }
             if let Some(found) = step(&mut self.driver, now) {
                 return Ok(found);
             }
