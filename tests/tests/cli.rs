@@ -80,11 +80,15 @@ fn config() -> String {
 #[test]
 fn every_command_says_what_it_does_with_an_example() {
     let help = good(&["--help"]);
-    for command in ["demo", "device", "cdq", "plugin", "history", "config"] {
+    for command in ["run", "status", "migrate", "media-move", "demo", "device", "cdq", "plugin", "history", "config"] {
         assert!(help.contains(command), "{help}");
     }
     for command in [
-        &["demo"][..],
+        &["run"][..],
+        &["status"],
+        &["migrate"],
+        &["media-move"],
+        &["demo"],
         &["device", "list"],
         &["device", "identify"],
         &["cdq", "watch"],
@@ -95,8 +99,9 @@ fn every_command_says_what_it_does_with_an_example() {
         &["config", "check"],
     ] {
         let help = good(&[command, &["--help"]].concat());
-        let example = format!("Example: dray {}", command.join(" "));
-        assert!(help.contains(&example), "{command:?}: {help}");
+        let example = format!("dray {}", command.join(" "));
+        let examples = help.split_once("Example").map_or("", |(_, rest)| rest);
+        assert!(examples.contains(&example), "{command:?}: {help}");
     }
     assert!(bad(&["move"]).contains("move"));
     bad(&[]);

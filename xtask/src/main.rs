@@ -8,6 +8,7 @@ mod bench;
 mod debian;
 mod demo;
 mod fuzz;
+mod guests;
 mod plugins;
 mod process;
 mod sim;
@@ -28,12 +29,13 @@ struct Command {
     run: fn(&Tree, Vec<String>) -> Outcome,
 }
 
-const COMMANDS: [Command; 6] = [
+const COMMANDS: [Command; 7] = [
     Command { name: "demo", help: demo::HELP, run: demo::run },
     Command { name: "test", help: test::HELP, run: test::run },
     Command { name: "bench", help: bench::HELP, run: bench::run },
     Command { name: "sim", help: sim::HELP, run: sim::run },
     Command { name: "fuzz", help: fuzz::HELP, run: fuzz::run },
+    Command { name: "guests", help: guests::HELP, run: guests::run },
     Command { name: "plugins", help: plugins::HELP, run: plugins::run },
 ];
 
@@ -48,6 +50,7 @@ Commands:
   bench    measure, and write target/bench/summary.json
   sim      run seeds of the simulator: the whole system under faults
   fuzz     hostile guests, devices, files, states and policies, for some seconds each
+  guests   make the virtual machines that tests with stock clients boot
   plugins  build the Wasm policies into target/plugins
 
 `cargo xtask COMMAND --help` says more.

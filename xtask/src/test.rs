@@ -2,13 +2,13 @@
 
 use crate::process::{cargo, listen, shown, took};
 use crate::tree::{Tree, read_text};
-use crate::{Outcome, asan, debian, demo, fuzz, plugins, refuse_rest, sim, take_flag};
+use crate::{Outcome, asan, debian, demo, fuzz, guests, plugins, refuse_rest, sim, take_flag};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 pub const HELP: &str = "\
 Builds and runs all tests, in stages, and prints what each took: set-up (Debian's e2fsprogs), the
-policies, the host with tests and benches, the host's tests, 2,000 seeds of the simulator and its
+policies, the virtual machines (see `cargo xtask guests`), the host with tests and benches, the host's tests, 2,000 seeds of the simulator and its
 planted faults, the policies' own tests on the host, the loom tests of the crates that have some, and the fenced memory under Miri or, where that is not
 installed, AddressSanitizer, the fuzz targets for a few seconds each. Stops at the first stage that fails.
 
@@ -81,7 +81,7 @@ pub fn run(tree: &Tree, mut args: Vec<String>) -> Outcome {
     refuse_rest(&args)?;
     let stages = stages(tree)?;
     if dry_run {
-        println!("set-up: e2fsprogs\nplugins: cargo xtask plugins");
+        println!("set-up: e2fsprogs\nplugins: cargo xtask plugins\nguests: cargo xtask guests");
         stages.iter().for_each(|stage| println!("{}: {}", stage.name, shown(&stage.command)));
         return Ok(());
     }
@@ -157,6 +157,7 @@ impl Run {
     fn all(&mut self, tree: &Tree, stages: Vec<Stage>, yes: bool) -> Outcome {
         self.stage("set-up", |_| debian::need("e2fsprogs", &["mkfs.ext4", "debugfs", "e2fsck"], yes))?;
         self.stage("plugins", |_| plugins::build(tree, yes))?;
+        self.stage("guests", |_| guests::ensure(tree, yes).map(drop))?;
         for Stage { name, mut command, tests } in stages {
             self.stage(name, |heard| {
                 let before = heard.passed;

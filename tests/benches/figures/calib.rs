@@ -22,7 +22,7 @@ pub fn before(plan: &Plan, report: &mut Report) -> Result<(), Failure> {
     let needed = targets::calibration(|name| plan.wants(name));
     let wants = |name: &str| plan.wants(name) || needed.contains(&name);
     // Two-thread rows can only be compared between runs of the same distance.
-    if plan.wants_any(&["calib.rtt", "copy.guest", "migrate."]) && plan.cores.second().is_ok() {
+    if (plan.wants_any(&["calib.rtt", "copy.guest", "migrate."]) || plan.filter.contains("vfio_user") || plan.filter.contains("nvme_tcp")) && plan.cores.second().is_ok() {
         let ns = round_trip(plan)?;
         report.add("calib.rtt", ns, "ns", format!("cores {}", distance(ns)));
     }

@@ -12,6 +12,10 @@ mod calib;
 mod cdq;
 mod copy;
 mod dirty;
+mod exports;
+mod far;
+mod idle;
+mod load;
 mod loopback;
 mod machine;
 mod migrate;
@@ -120,13 +124,17 @@ fn run(options: &Options) -> Result<(), Failure> {
         println!("--quick: short runs; the figures say nothing about the machine or the code");
     }
     calib::before(&plan, &mut report)?;
-    let groups: [(&str, Measure); 7] = [
+    let groups: [(&str, Measure); 11] = [
         ("loopback", loopback::measure),
         ("cdq", cdq::measure),
         ("dirty", dirty::measure),
         ("copy", copy::measure),
         ("migrate", migrate::measure),
         ("policy", policy::measure),
+        ("vfio_user", exports::vfio_user),
+        ("nvme_tcp", exports::nvme_tcp),
+        ("exports of a file", exports::on_a_file),
+        ("idle", idle::measure),
         ("sim", sim::measure),
     ];
     let mut failed = Vec::new();
