@@ -372,6 +372,11 @@ mod tests {
             .stderr(std::process::Stdio::null())
             .status()
             .expect("child");
-        assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
+        // The sanitizer has a handler of its own for it, which reports and exits: that is the one before ours.
+        if cfg!(asan) {
+            assert!(status.code().is_some_and(|code| code != 0), "{status}");
+        } else {
+            assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
+        }
     }
 }
