@@ -66,6 +66,10 @@ pub struct Machine {
     pub space: AddressSpace,
     /// Commands that each guest's controller had fetched at the last look.
     pub fetched: Vec<u64>,
+    /// Completions and resets of each controller at the last look, the management controller's first.
+    seen: Vec<(u64, u64)>,
+    /// Those for whom these have changed since they were taken: a bit for each.
+    shown: u32,
     /// Deviations that took effect, as far as they are counted.
     pub deviated: dray_controller::Deviations,
     /// How often its freedom was used, as far as it is counted.
@@ -117,6 +121,8 @@ impl Machine {
         let manager: Box<dyn Mmc> = Box::new(DriverMmc::new(driver, COPY_QUEUE));
         Self {
             fetched: vec![0; fences.len()],
+            seen: vec![(0, 0); 1 + fences.len()],
+            shown: 0,
             subsystem,
             fences,
             plugs,
@@ -129,6 +135,11 @@ impl Machine {
         }
     }
 
+    /// Whom its controllers have shown a completion or a reset since the last call: bit 0 the manager, bit 1 + n guest n.
+    pub fn take_shown(&mut self) -> u32 {
+        std::mem::take(&mut self.shown)
+    }
+
     /// Raises or lowers all its fences; says so if that changed anything.
     pub fn fence(&self, side: Side, up: bool, say: &Inbox) {
         fence(&self.fences, side, up, say);
@@ -139,6 +150,12 @@ impl Machine {
         let progress = self.subsystem.poll(now);
         if progress.work > 0 {
             for (cntlid, counters) in self.subsystem.counters() {
+                let place = usize::from(cntlid - MANAGEMENT);
+                let now = (counters.completed, counters.resets);
+                if self.seen.get(place).is_some_and(|before| *before != now) {
+                    self.seen[place] = now;
+                    self.shown |= 1 << place;
+                }
                 let Some(guest) = cntlid.checked_sub(MIGRATABLE).map(GuestId::from) else { continue };
                 if self.fetched.get(guest).is_some_and(|before| *before != counters.fetched) {
                     self.fetched[guest] = counters.fetched;

@@ -31,12 +31,12 @@ pub mod trace;
 pub mod world;
 
 use coverage::{Coverage, Kind};
-use event::{CommandId, Stamped, Violation};
+use event::{Stamped, Violation};
 use guest::GuestPlan;
 use oracle::Facts;
 use policies::Kit;
 use scenario::Scenario;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::hash::{DefaultHasher, Hasher};
 use world::World;
@@ -46,19 +46,16 @@ use world::World;
 pub struct Options {
     /// Deeds of the scenario that are left out, by their places.
     pub without: BTreeSet<usize>,
-    /// All events are kept, not only the last ones.
+    /// The events are kept, for who wants to tell what happened: the same seed can be run again for that.
     pub keep_events: bool,
     /// The events are hashed, for who wants to know whether two runs were the same.
     pub hash: bool,
 }
 
-/// Events that are kept of a run.
-const KEPT: usize = 1 << 12;
-
 /// What a run was.
 #[derive(Clone, Debug)]
 pub struct Run {
-    /// Its last events.
+    /// Its events, if the options asked for them.
     pub events: Vec<Stamped>,
     /// What was reached.
     pub coverage: Coverage,
@@ -76,14 +73,14 @@ pub struct Run {
     pub hash: u64,
 }
 
-/// Who reads the events: the last ones, and a hash of all.
+/// Who reads the events: all of them and a hash, as far as the options ask for it.
 #[derive(Debug)]
 pub struct Log {
-    /// The last events.
-    pub events: VecDeque<Stamped>,
+    /// The events.
+    pub events: Vec<Stamped>,
     /// Migrations that ended.
     pub migrations: u64,
-    keep: usize,
+    keep: bool,
     hash: Option<DefaultHasher>,
 }
 
@@ -91,8 +88,7 @@ impl Log {
     /// A log as the options want it.
     #[must_use]
     pub fn new(options: &Options) -> Self {
-        let keep = if options.keep_events { usize::MAX } else { KEPT };
-        Self { events: VecDeque::with_capacity(KEPT), migrations: 0, keep, hash: options.hash.then(DefaultHasher::new) }
+        Self { events: Vec::new(), migrations: 0, keep: options.keep_events, hash: options.hash.then(DefaultHasher::new) }
     }
 
     /// One more event.
@@ -102,10 +98,9 @@ impl Log {
             let _infallible = write!(text, "{stamped:?}");
             hash.write(text.as_bytes());
         }
-        if self.events.len() >= self.keep {
-            self.events.pop_front();
+        if self.keep {
+            self.events.push(stamped);
         }
-        self.events.push_back(stamped);
     }
 }
 
@@ -118,7 +113,7 @@ pub fn run(seed: u64, options: &Options, kit: &Kit) -> Run {
     let violation = world.play().err();
     let (commands, log) = (world.ended(), &mut world.log);
     Run {
-        events: std::mem::take(&mut log.events).into(),
+        events: std::mem::take(&mut log.events),
         violation,
         virtual_us: world.now.0 / 1_000,
         commands,
@@ -148,7 +143,7 @@ fn ends() -> impl Iterator<Item = String> {
 }
 
 /// What the oracles know of a scenario before it begins.
-fn facts(scenario: &Scenario, _initial: Vec<Vec<CommandId>>) -> Facts {
+fn facts(scenario: &Scenario) -> Facts {
     let namespaces = scenario.namespaces.iter().enumerate();
     Facts {
         seed: scenario.seed,

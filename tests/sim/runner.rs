@@ -196,6 +196,7 @@ fn explain(seed: u64, what: String, options: &Options, kit: &Kit) -> Failure {
             options.without.remove(&deed);
         }
     }
+    options.keep_events = true;
     let (ran, now) = one(seed, &options, kit);
     let trace = ran.as_ref().map_or_else(Vec::new, |run| {
         trace::minimal(&run.events, run.violation.as_ref().and_then(|violation| violation.place))

@@ -19,6 +19,7 @@ use super::slots::RecordDisk;
 use super::{Log, Options};
 use dray_device::poll::{Next, Poll, Progress, Time};
 use dray_device::slot::Slot;
+use dray_driver::DriverState;
 use dray_migration::{Migration, Phase, Step};
 
 /// Places in the order of parties.
@@ -28,7 +29,9 @@ const RECORDS: usize = 4;
 /// The first guest's.
 pub const GUESTS: usize = 5;
 /// Everybody is polled at least so often, ns.
-const IDLE_NS: u64 = 150_000;
+const IDLE_NS: u64 = 400_000;
+/// Of so many turns with work one wakes everybody next to it, whether or not they can see something of it.
+const IN_VAIN: u32 = 8;
 /// How long a guest that has done its share waits between two turns, ns at least.
 const CALM_NS: u64 = 40_000;
 /// Turns that a run may take.
@@ -177,6 +180,8 @@ pub struct World<'k> {
     oracles: Oracles,
     events: Vec<Event>,
     due: Vec<Time>,
+    /// Who can see something of the last turn. Of a side's: bit 0 its manager, bit 1 + n guest n; of others': bit n side n.
+    shown: u32,
     /// Nobody is left waiting any more.
     pub fair: bool,
     /// The guests have done their share, and go on slowly.
@@ -202,8 +207,7 @@ impl<'k> World<'k> {
         let machines = [0, 1].map(|side| Machine::new(side, &scenario, &disks[side], false));
         let records = RecordDisk::new(seed);
         records.set_delay_us(scenario.record_us);
-        let initial = disks[0].iter().map(SimDisk::decode_all).collect();
-        let oracles = Oracles::new(&super::facts(&scenario, initial));
+        let oracles = Oracles::new(&super::facts(&scenario));
         let mut world = Self {
             now: Time::from_us(1),
             random: fastrand::Rng::with_seed(seed ^ 0x7412_5eed),
@@ -228,6 +232,7 @@ impl<'k> World<'k> {
             oracles,
             events: Vec::with_capacity(256),
             due: vec![Time(0); GUESTS + scenario.guests.len()],
+            shown: 0,
             fair: false,
             calm: false,
             scenario,
@@ -286,8 +291,8 @@ impl<'k> World<'k> {
         loop {
             let (mut ready, mut next) = (0u32, Time::NEVER);
             let mut chosen = 0;
-            for party in 0..self.due.len() {
-                let due = self.served(party, self.due[party]);
+            for (party, &due) in self.due.iter().enumerate() {
+                let due = self.served(party, due);
                 if due <= self.now {
                     ready += 1;
                     if ready == 1 || self.random.u32(0..ready) == 0 {
@@ -319,26 +324,31 @@ impl<'k> World<'k> {
         let events = &mut self.events;
         match party {
             0 | 1 => {
+                let before = events.len();
                 let progress = self.machines[party].poll(party, now, events);
                 let mut next = Progress { work: 0, next: Next::OnWake };
                 for disk in &self.disks[party] {
-                    disk.take_events(events);
-                    next = disk.next_due().map_or(next, |due| next.and(Progress::idle_until(due)));
+                    next = disk.take_events(events).map_or(next, |due| next.and(Progress::idle_until(due)));
                 }
                 let work = self.machines[party].bus.poll(now, events);
+                let logged = events[before..].iter().any(|event| matches!(event, Event::CdqEntry { .. }));
+                self.shown = self.machines[party].take_shown() | u32::from(work > 0 || logged);
                 let bus = self.machines[party].bus.next_due().map_or(Progress::IDLE, Progress::idle_until);
                 progress.and(Progress { work, next: next.next }).and(bus)
             }
             MIGRATION | MANAGER => {
+                self.records.tick(now);
                 let progress = match &mut self.migration {
                     Some(migration) if party == MIGRATION => migration.poll(now),
                     Some(_) => Progress::IDLE,
                     None => self.machines[party - MIGRATION].manager.as_mut().map_or(Progress::IDLE, |mmc| mmc.poll(now)),
                 };
+                let before = events.len();
                 self.inbox.take(events);
-                self.machines.iter_mut().fold(progress, |progress, machine| {
-                    progress.and(Progress { work: machine.bus.poll(now, events), next: Next::OnWake })
-                })
+                let said = events.len() > before;
+                let work = self.machines.each_mut().map(|machine| machine.bus.poll(now, events));
+                self.shown = u32::from(said || work[0] > 0) | u32::from(said || work[1] > 0) << 1;
+                progress.and(Progress { work: work[0] + work[1], next: Next::OnWake })
             }
             RECORDS => {
                 let ended = self.records.pump(now);
@@ -346,7 +356,12 @@ impl<'k> World<'k> {
                 Progress { work: ended, next }
             }
             _ => {
-                let progress = self.tenants[party - GUESTS].guest.poll(now, events);
+                let (before, tenant) = (events.len(), &mut self.tenants[party - GUESTS]);
+                let settled = tenant.guest.driver_state() == &DriverState::Ready;
+                let progress = tenant.guest.poll(now, events);
+                let submitted = events[before..].iter().any(|event| matches!(event, Event::Submitted { .. }));
+                let settled = settled && tenant.guest.driver_state() == &DriverState::Ready;
+                self.shown = u32::from(submitted || !settled) << tenant.side;
                 if party == GUESTS && self.migration.is_some() {
                     let mut figures = self.figures.cell();
                     if figures.is_none() {
@@ -375,28 +390,35 @@ impl<'k> World<'k> {
             return;
         }
         let calm = if self.calm { CALM_NS } else { 0 };
+        // Now and then somebody looks who has no reason to.
+        let shown = if self.random.u32(0..IN_VAIN) == 0 { u32::MAX } else { self.shown };
         let soon = |due: &mut Time, random: &mut fastrand::Rng| *due = (*due).min(now.after_ns(random.u64(0..=notice)));
         let due = &mut self.due;
         match party {
             0 | 1 => {
-                soon(&mut due[if self.migration.is_some() { MIGRATION } else { MIGRATION + party }], &mut self.random);
+                if shown & 1 != 0 {
+                    soon(&mut due[if self.migration.is_some() { MIGRATION } else { MIGRATION + party }], &mut self.random);
+                }
                 for (guest, tenant) in self.tenants.iter().enumerate() {
-                    if tenant.side == party {
+                    if tenant.side == party && shown & 2 << guest != 0 {
                         let due = &mut due[GUESTS + guest];
                         *due = (*due).min(now.after_ns(self.random.u64(0..=notice) + calm));
                     }
                 }
             }
             MIGRATION | MANAGER => {
-                soon(&mut due[0], &mut self.random);
-                soon(&mut due[1], &mut self.random);
+                for side in (0..2).filter(|side| shown & 1 << side != 0) {
+                    soon(&mut due[side], &mut self.random);
+                }
                 due[RECORDS] = due[RECORDS].min(self.records.next_due().unwrap_or(Time::NEVER));
             }
             RECORDS => soon(&mut due[MIGRATION], &mut self.random),
-            guest => soon(&mut due[self.tenants[guest - GUESTS].side], &mut self.random),
-        }
-        if party == MIGRATION {
-            due[RECORDS] = now;
+            guest => {
+                let side = self.tenants[guest - GUESTS].side;
+                if shown & 1 << side != 0 {
+                    soon(&mut due[side], &mut self.random);
+                }
+            }
         }
     }
 

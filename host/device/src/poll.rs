@@ -86,6 +86,7 @@ impl Progress {
     }
 
     /// What two parts polled together did and want.
+    #[inline]
     pub fn and(self, other: Self) -> Self {
         let next = match (self.next, other.next) {
             (Next::Now, _) | (_, Next::Now) => Next::Now,

@@ -88,6 +88,8 @@ pub struct Bus {
     random: fastrand::Rng,
     /// Doorbells of the I/O queues, and what was last rung there.
     bells: Vec<(Doorbell, u32)>,
+    /// Those before belong to queues that the driver has created since the last reset, or lie between them.
+    bells_used: usize,
     controller: ControllerEnd,
     driver: Option<DriverEnd>,
     enables_seen: u32,
@@ -132,6 +134,7 @@ impl Bus {
             registers: Arc::new(Registers::new(inner)),
             random: fastrand::Rng::with_seed(seed),
             bells,
+            bells_used: 0,
             controller,
             driver: None,
             enables_seen: 0,
@@ -212,35 +215,38 @@ impl Bus {
     /// Carries over what has come since the last call; returns how much it was. Called right after the controller's poll, so
     /// that nobody has seen an entry that is changed here, and right after the driver's.
     pub fn poll(&mut self, now: Time, events: &mut Vec<Event>) -> u32 {
-        self.follow_resets(events);
+        let resets = self.follow_resets(events);
         // Entries come through memory, whatever the registers say.
         self.watch(events);
         if Registers::is(&self.registers.gone) {
             if now < self.gone_until {
-                return 0;
+                return resets;
             }
             self.registers.gone.store(false, Ordering::Relaxed);
         }
         if !self.enabled || Registers::is(&self.registers.fatal) {
-            return 0;
+            return resets;
         }
-        self.ring_through();
-        self.take_commands(now, events) + self.take_completions(now, events) + self.deliver(now, events)
+        let rung = self.ring_through();
+        resets + rung + self.take_commands(now, events) + self.take_completions(now, events) + self.deliver(now, events)
     }
 
-    fn follow_resets(&mut self, events: &mut Vec<Event>) {
+    /// Returns how often the controller was reset or enabled.
+    fn follow_resets(&mut self, events: &mut Vec<Event>) -> u32 {
         let resets = self.registers.resets.load(Ordering::Relaxed);
         let enabled = Cc::from_bits(self.registers.inner.read32(offset::CC)).en();
         let enables = self.registers.enables.load(Ordering::Relaxed);
         // Somebody may have reset the controller past the bus.
         let past = self.enabled && resets == self.resets_seen && (!enabled || enables != self.enables_seen);
-        for _ in 0..resets.wrapping_sub(self.resets_seen) + u32::from(past) {
+        let mut count = resets.wrapping_sub(self.resets_seen) + u32::from(past);
+        for _ in 0..count {
             events.push(Event::ManagementReset { side: self.side });
             self.forget();
         }
         self.resets_seen = resets;
         if enables != self.enables_seen {
             self.enables_seen = enables;
+            count += 1;
             self.forget();
             self.driver = DriverEnd::new(&self.registers);
             self.enabled = self.driver.is_some();
@@ -248,6 +254,7 @@ impl Bus {
         if !enabled {
             self.enabled = false;
         }
+        count
     }
 
     /// What a controller reset takes away.
@@ -263,6 +270,7 @@ impl Bus {
         self.late.clear();
         self.watches.clear();
         self.bells.iter_mut().for_each(|bell| bell.1 = 0);
+        self.bells_used = 0;
         self.registers.fatal.store(false, Ordering::Relaxed);
     }
 
@@ -288,14 +296,18 @@ impl Bus {
         }
     }
 
-    fn ring_through(&mut self) {
-        for (word, (bell, rung)) in (2..).zip(&mut self.bells) {
+    /// Rings at the controller what the driver has rung; returns how many doorbells that was.
+    fn ring_through(&mut self) -> u32 {
+        let mut count = 0;
+        for (word, (bell, rung)) in (2..).zip(&mut self.bells[..self.bells_used]) {
             let value = self.registers.arena.load32(BELLS_AT + word * 4, Ordering::Relaxed);
             if value != *rung {
                 *rung = value;
                 bell.ring(value);
+                count += 1;
             }
         }
+        count
     }
 
     /// The driver's commands.
@@ -398,8 +410,10 @@ impl Bus {
     }
 
     fn begin_bell(&mut self, word: u32) {
-        if let Some(bell) = (word as usize).checked_sub(2).and_then(|at| self.bells.get_mut(at)) {
+        let Some(at) = (word as usize).checked_sub(2) else { return };
+        if let Some(bell) = self.bells.get_mut(at) {
             bell.1 = 0;
+            self.bells_used = self.bells_used.max(at + 1);
             self.registers.arena.store32(BELLS_AT + word as usize * 4, 0, Ordering::Relaxed);
         }
     }
