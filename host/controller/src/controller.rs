@@ -246,13 +246,21 @@ impl Controller {
         self.traps = port.traps_doorbells();
         if self.run == Run::Active {
             (self.resets_seen, self.cc_seen) = (port.bar().resets(), 0);
+            let port = port.clone();
             if port.was_running() {
                 // Queues that another controller had cannot begin anew: the guest has to reset.
-                (self.fatal, self.cc_seen) = (true, port.bar().load32(offset::CC));
+                self.fail_enabled(&port);
             }
             Self::publish_constants(port.bar(), self.cap);
-            self.publish_status(port);
+            self.publish_status(&port);
         }
+    }
+
+    /// Fails, if the guest has CC.EN set, until it clears that; if it has not, there is nothing that could not go on.
+    fn fail_enabled(&mut self, port: &Port) {
+        self.cc_seen = port.bar().load32(offset::CC);
+        self.fatal = Cc::from_bits(self.cc_seen).en();
+        self.lost.failed = self.fatal;
     }
 
     /// It is suspended, and what it has is not what the function in its slot had last: it may only go on by Resume.
@@ -262,14 +270,14 @@ impl Controller {
         self.run != Run::Active && (self.restored || self.parted || is_new)
     }
 
-    /// A controller that waited for Resume and whose manager was reset cannot go on: it waits, fatal, for the guest's reset.
+    /// A controller that waited for Resume and whose manager was reset cannot go on: it waits, failed, for the guest's reset.
     pub(crate) fn fail_restored(&mut self, shared: &mut Shared) {
         self.reset(shared);
-        self.fatal = true;
-        if let Some(port) = &self.port {
-            (self.resets_seen, self.cc_seen) = (port.bar().resets(), port.bar().load32(offset::CC));
+        if let Some(port) = self.port.clone() {
+            self.resets_seen = port.bar().resets();
+            self.fail_enabled(&port);
             Self::publish_constants(port.bar(), self.cap);
-            self.publish_status(port);
+            self.publish_status(&port);
         }
     }
 

@@ -75,8 +75,10 @@ impl Bar {
         Control { resets: self.resets(), cc: self.load32(offset::CC) }
     }
 
+    /// CC and the count of falls, as they are together.
     #[cold]
-    fn control_at_rest(&self) -> Control {
+    #[must_use]
+    pub fn control_at_rest(&self) -> Control {
         let _rest = self.change();
         self.control()
     }

@@ -93,25 +93,36 @@ impl Host {
         u32::from_le_bytes(bytes)
     }
 
-    fn register(&mut self, at: u32) -> u32 {
-        self.read32(0, at.into())
+    /// The memory that the server shares for a place in BAR0, and where in its file that is.
+    fn shared(&self, at: u32) -> Option<(&File, u64)> {
+        let bar = self.client.region(0)?;
+        let at = u64::from(at);
+        let inside = bar.sparse_areas.iter().any(|area| (area.offset..area.offset + area.size).contains(&at));
+        let of = bar.file_offset.as_ref().filter(|_| bar.sparse_areas.is_empty() || inside)?;
+        Some((of.file(), of.start() + at))
     }
 
+    fn register(&mut self, at: u32) -> u32 {
+        let Some((file, place)) = self.shared(at) else { return self.read32(0, at.into()) };
+        let mut bytes = [0; 4];
+        file.read_exact_at(&mut bytes, place).expect("read");
+        u32::from_le_bytes(bytes)
+    }
+
+    /// A register: in shared memory, where nobody is told, or by a message.
     fn set(&mut self, at: u32, bytes: &[u8]) {
-        self.client.region_write(0, at.into(), bytes).expect("written");
+        match self.shared(at) {
+            Some((file, place)) => file.write_all_at(bytes, place).expect("stored"),
+            None => self.client.region_write(0, at.into(), bytes).expect("written"),
+        }
     }
 
     fn csts(&mut self) -> Csts {
         Csts::from_bits(self.register(offset::CSTS))
     }
 
-    /// A doorbell, in the memory that the server shares, or by a message where it shares none.
     fn ring(&mut self, at: u32, value: u16) {
-        let shared = self.client.region(0).and_then(|bar| bar.file_offset.as_ref().map(|of| (of.file(), of.start())));
-        match shared {
-            Some((file, start)) => file.write_all_at(&u32::from(value).to_le_bytes(), start + u64::from(at)).expect("rung"),
-            None => self.set(at, &u32::from(value).to_le_bytes()),
-        }
+        self.set(at, &u32::from(value).to_le_bytes());
     }
 
     fn enable(&mut self) -> Pair {
@@ -128,6 +139,12 @@ impl Host {
             csts.rdy().then_some(())
         });
         Pair::default()
+    }
+
+    /// A controller reset (CC.EN), which takes as long as CSTS.RDY says.
+    fn disable(&mut self) {
+        self.set(offset::CC, &[0; 4]);
+        until("disabled", || (!self.csts().rdy()).then_some(()));
     }
 
     /// One command to its end; its DW0.
@@ -258,6 +275,33 @@ fn a_host_writes_and_reads_however_bar0_is_mapped() {
         let counters = served.end();
         assert_eq!((counters.refused, counters.broken_protocol, counters.maps, counters.stray_fds), (0, 0, 1, 0), "{bar0:?}");
     }
+}
+
+#[test]
+fn a_host_that_has_all_of_bar0_mapped_sends_no_message_for_a_register() {
+    let served = served(Bar0Map::Whole);
+    let mut host = Host::connect(&served);
+    host.map();
+    for round in 0..20 {
+        // CC.EN falls and rises again as soon as CSTS.RDY lets it.
+        let mut admin = host.enable();
+        let mut pair = host.create(&mut admin, 1, 0);
+        host.write_and_read(&mut pair, round);
+        host.disable();
+    }
+    // A controller that fails is disabled all the same: memory goes from under its queues.
+    host.enable();
+    host.client.dma_unmap(IOVA, MEMORY).expect("unmapped");
+    until("failed", || host.csts().cfs().then_some(()));
+    host.map();
+    host.disable();
+    let mut admin = host.enable();
+    let mut pair = host.create(&mut admin, 1, 0);
+    host.write_and_read(&mut pair, 77);
+    host.client.shutdown().expect("left");
+    let counters = served.end();
+    // VERSION, GET_INFO, nine regions, maps and unmaps: nothing else.
+    assert_eq!((counters.requests, counters.refused, counters.resets), (1 + 1 + 9 + 3, 0, 0));
 }
 
 #[test]
