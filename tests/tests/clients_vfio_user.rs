@@ -50,6 +50,22 @@ fn a_stock_guest_uses_the_disk_over_reboots_and_the_end_of_its_qemu() {
 }
 
 #[test]
+fn a_guest_without_message_signalled_interrupts_is_told_by_the_pin() {
+    let _turn = turn();
+    let appliance = Appliance::start(&Appliance::folder("pin", &[by_vfio_user(2, "doorbells"), by_vfio_user(3, "trapped")]));
+    for controller in [2, 3] {
+        let mut guest = Guest::boot(&machine("pin", &appliance, controller).kernel("pci=nomsi"));
+        find(&mut guest);
+        let told = guest.run("interrupts nvme");
+        assert!(told.contains("IO-APIC") && !told.contains("MSI"), "not by the pin:\n{told}");
+        all(&mut guest, &["mkfs", "mounted", "tree_make 20", "tree_copy one", "tree_check one", "fio_verified /mnt/fio 4M"]);
+        all(&mut guest, &["unmounted", "fsck"]);
+        guest.off();
+    }
+    remove(&appliance.stop());
+}
+
+#[test]
 fn a_guest_gone_wild_does_not_touch_its_neighbour() {
     let _turn = turn();
     let mut appliance = Appliance::start(&Appliance::folder("wild", &[by_vfio_user(2, "doorbells"), by_vfio_user(3, "whole")]));

@@ -63,7 +63,8 @@ pub(crate) struct Controller {
     pub(crate) live: Vec<u16>,
     next_live: usize,
     pub(crate) ready: Vec<Ready>,
-    signal: Vec<u16>,
+    /// Completion queues that have new entries.
+    pub(crate) signal: Vec<u16>,
     pub(crate) enabled: bool,
     /// Was reset while backings had operations of it under way: until they have ended, CSTS.RDY stays and nothing is enabled. A
     /// host that finds RDY cleared may use its memory again, and an old write must not come after a new one (Base 2.3 §3.7.2).
@@ -90,7 +91,7 @@ pub(crate) struct Controller {
     pub(crate) management: Option<SubmissionEntry>,
     /// The controller was reset since the subsystem last looked.
     pub(crate) was_reset: bool,
-    coalescing: bool,
+    pub(crate) coalescing: bool,
     /// The address space changed under queues that have not been looked up again.
     remapped: bool,
     pub(crate) lost: Lost,
@@ -219,6 +220,9 @@ impl Controller {
         work += self.finish_batch(port, shared);
         if self.coalescing {
             self.coalesced(port);
+        }
+        if port.uses_pin() {
+            self.drive_pin(port);
         }
         self.settle(Some(port), shared);
         if matches!(self.shutdown, Shutdown::Flushing { .. }) && self.run == Run::Active {
@@ -519,43 +523,6 @@ impl Controller {
         self.ready.clear();
         self.raise_interrupts(port);
         count
-    }
-
-    fn raise_interrupts(&mut self, port: &Port) {
-        while let Some(cqid) = self.signal.pop() {
-            let Some(cq) = self.cqs.get_mut(usize::from(cqid)).and_then(Option::as_mut) else { continue };
-            cq.listed = false;
-            if !cq.ien {
-                cq.unsignalled = 0;
-                continue;
-            }
-            let (threshold, time_ns) = self.features.coalescing(cq.vector);
-            if cq.qid == 0 || threshold == 0 || cq.unsignalled > threshold {
-                Self::interrupt(cq, port, &mut self.engine.counters.interrupts);
-            } else if cq.deadline == Time::NEVER {
-                cq.deadline = self.now.after_ns(time_ns);
-                self.coalescing = true;
-            }
-        }
-    }
-
-    fn interrupt(cq: &mut Cq, port: &Port, count: &mut u64) {
-        port.raise(cq.vector);
-        *count += 1;
-        (cq.unsignalled, cq.deadline) = (0, Time::NEVER);
-    }
-
-    /// Raises the interrupts that have waited long enough.
-    fn coalesced(&mut self, port: &Port) {
-        self.coalescing = false;
-        let count = &mut self.engine.counters.interrupts;
-        for cq in self.cqs.iter_mut().flatten().filter(|cq| cq.deadline != Time::NEVER) {
-            if cq.deadline <= self.now {
-                Self::interrupt(cq, port, count);
-            } else {
-                self.coalescing = true;
-            }
-        }
     }
 
     /// The next moment at which something happens by itself.

@@ -60,6 +60,7 @@ impl Controller {
             self.resets_seen = resets;
             self.reset(shared);
             self.cc_seen = 0;
+            port.bar().unmask_interrupts();
             self.publish_status(port);
         }
         if self.run == Run::Active {

@@ -167,6 +167,11 @@ impl Bar {
         }
     }
 
+    /// Every interrupt vector unmasked, as after a controller reset.
+    pub fn unmask_interrupts(&self) {
+        self.mask_interrupts(0, u32::MAX);
+    }
+
     fn mask_interrupts(&self, set: u32, clear: u32) {
         self.arena.mask32(offset::INTMS as usize, set, clear);
         self.arena.mask32(offset::INTMC as usize, set, clear);

@@ -20,10 +20,12 @@ use vfio_user::Client;
 use zerocopy::{FromBytes, IntoBytes};
 
 const CONFIG: u32 = 7;
+const INTX: u32 = 0;
 const MSIX: u32 = 2;
-/// VFIO_IRQ_SET_DATA_NONE, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_ACTION_TRIGGER.
+/// VFIO_IRQ_SET_DATA_NONE and _EVENTFD, VFIO_IRQ_SET_ACTION_UNMASK and _TRIGGER.
 const NONE: u32 = 1;
 const EVENTFD: u32 = 4;
+const UNMASK: u32 = 16;
 const TRIGGER: u32 = 32;
 /// The host's memory, as the device sees it.
 const IOVA: u64 = 0x10_0000;
@@ -233,9 +235,7 @@ fn the_function_is_what_the_client_expects_of_a_pci_function() {
     for index in 0..5 {
         let info = host.client.get_irq_info(index).expect("information");
         assert_eq!(info.index, index);
-        if index == MSIX {
-            assert_eq!((info.count, info.flags & 1), (VECTORS.into(), 1), "by eventfd");
-        }
+        assert_eq!((info.count, info.flags & 1), ([1, 0, VECTORS.into(), 1, 0][index as usize], 1), "by eventfd");
     }
     host.client.shutdown().expect("left");
     assert_eq!(served.end().refused, 0);
@@ -275,6 +275,31 @@ fn a_host_writes_and_reads_however_bar0_is_mapped() {
         let counters = served.end();
         assert_eq!((counters.refused, counters.broken_protocol, counters.maps, counters.stray_fds), (0, 0, 1, 0), "{bar0:?}");
     }
+}
+
+#[test]
+fn a_host_without_msix_is_told_by_the_pin() {
+    let served = served(Bar0Map::Doorbells);
+    let mut host = Host::connect(&served);
+    host.map();
+    let (pin, resample) = (event(), event());
+    host.client.set_irqs(INTX, EVENTFD | TRIGGER, 0, 1, &[pin.as_raw_fd()]).expect("set");
+    host.client.set_irqs(INTX, EVENTFD | UNMASK, 0, 1, &[resample.as_raw_fd()]).expect("set");
+    let mut admin = host.enable();
+    let mut pair = host.create(&mut admin, 1, 0);
+    for round in 0..8 {
+        host.write_and_read(&mut pair, round);
+        until("told", || (signals(&pin) > 0).then_some(()));
+        // Everything is taken: the level has gone, and unmasking the pin brings nothing.
+        match round % 2 {
+            0 => host.client.set_irqs(INTX, NONE | UNMASK, 0, 1, &[]).expect("unmasked"),
+            _ => rustix::io::write(&resample, &1u64.to_ne_bytes()).map(drop).expect("signalled"),
+        }
+        until("unmasked", || (!served.slot.pin().is_masked()).then_some(()));
+        assert_eq!(signals(&pin), 0);
+    }
+    host.client.shutdown().expect("left");
+    assert_eq!(served.end().refused, 0);
 }
 
 #[test]

@@ -47,7 +47,8 @@ pub enum Bar0Map {
     /// The page of doorbells, as one sparse area: they are polled, and registers are trapped.
     #[default]
     Doorbells,
-    /// All of it, registers included: for clients that insist. A fall of CC.EN that is followed by a rise at once is not seen.
+    /// All of it, registers included: for clients that insist. A fall of CC.EN that is followed by a rise without a look at
+    /// CSTS.RDY is not seen, and INTMS masks nothing.
     Whole,
     /// Nothing: every doorbell is a message, and the controller offers shadow doorbells.
     None,
@@ -634,7 +635,7 @@ impl Poll for VfioUserServer {
         if self.slot.is_gone() {
             self.interrupts.report_gone();
         }
-        let mut work = u32::from(self.advance(now));
+        let mut work = u32::from(self.advance(now)) + u32::from(self.interrupts.look(now));
         if self.connection.is_some() && now >= self.next_look {
             self.next_look = now.after_us(MEMORY_LOOK_US);
             if self.windows.is_broken() {
@@ -659,5 +660,6 @@ impl Poll for VfioUserServer {
         if let Some(waker) = self.connection.as_ref().filter(listening).and_then(Connection::waker) {
             visit(waker);
         }
+        self.interrupts.wakers().for_each(visit);
     }
 }

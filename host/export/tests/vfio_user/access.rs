@@ -193,7 +193,10 @@ fn interrupt_sets_that_make_no_sense_are_refused_and_change_nothing() {
         (irqs(IrqSet::DATA_BOOL | IrqSet::TRIGGER, 0, 1), 0),
         (irqs(set | 1 << 9, 0, 1), 0),
         (IrqSet { index: 5, ..irqs(set, 0, 1) }, 1),
-        (IrqSet { index: irq::INTX, ..irqs(set, 0, 1) }, 1),
+        (IrqSet { index: irq::MSI, ..irqs(set, 0, 1) }, 1),
+        (IrqSet { index: irq::INTX, ..irqs(set, 1, 1) }, 1),
+        (IrqSet { index: irq::INTX, ..irqs(IrqSet::DATA_NONE | IrqSet::MASK, 0, 2) }, 0),
+        (IrqSet { index: irq::ERR, ..irqs(IrqSet::DATA_NONE | IrqSet::UNMASK, 0, 1) }, 0),
         (IrqSet { argsz: 19, ..irqs(set, 0, 1) }, 1),
     ] {
         let result = rig.ask_with(command::SET_IRQS, request.as_bytes(), &given[..count]);
@@ -207,14 +210,14 @@ fn interrupt_sets_that_make_no_sense_are_refused_and_change_nothing() {
 }
 
 #[test]
-fn interrupts_are_msix_and_the_error_line() {
+fn interrupts_are_msix_the_pin_and_the_error_line() {
     let mut rig = Rig::new();
     for index in 0..5 {
         let request = IrqInfo { argsz: 16, index, ..IrqInfo::default() };
         let reply = rig.ask(command::GET_IRQ_INFO, request.as_bytes()).expect("info");
         let (info, _) = IrqInfo::take(&reply).expect("reply");
-        assert_eq!((info.index, info.count), (index, [0, 0, VECTORS.into(), 1, 0][index as usize]));
-        assert_ne!(info.flags & IrqInfo::EVENTFD, 0);
+        assert_eq!((info.index, info.count), (index, [1, 0, VECTORS.into(), 1, 0][index as usize]));
+        assert_eq!(info.flags, [7, 1, 9, 9, 1][index as usize], "by eventfd; the pin is masked, by itself too");
     }
     let error = event();
     let set = IrqSet { argsz: 20, flags: IrqSet::DATA_EVENTFD | IrqSet::TRIGGER, index: irq::ERR, start: 0, count: 1 };
