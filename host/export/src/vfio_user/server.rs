@@ -486,7 +486,7 @@ impl VfioUserServer {
                 self.interrupts.set(&set, bools, &mut request.fds)?;
                 Ok(Outcome::empty())
             }
-            command::REGION_READ => self.region_read(payload),
+            command::REGION_READ => self.region_read(payload, client.max_data_xfer_size),
             command::REGION_WRITE => self.region_write(payload, now),
             command::REGION_WRITE_MULTI if client.write_multiple => self.write_multiple(payload, now),
             command::RESET => self.begin_reset(Vec::new(), now),
@@ -544,12 +544,13 @@ impl VfioUserServer {
         Ok(Outcome::Reply(reply, None))
     }
 
-    fn region_read(&mut self, payload: &[u8]) -> Result<Outcome, u32> {
+    /// REGION_READ; `most` is what the client takes.
+    fn region_read(&mut self, payload: &[u8], most: u32) -> Result<Outcome, u32> {
         let (access, _) = RegionAccess::take(payload).ok_or(errno::EINVAL)?;
         if access.count == 0 {
             return Ok(Outcome::empty());
         }
-        if access.count > self.config.max_data_bytes {
+        if access.count > self.config.max_data_bytes.min(most) {
             return Err(errno::EINVAL);
         }
         let mut reply = access.as_bytes().to_vec();
