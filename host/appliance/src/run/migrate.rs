@@ -211,10 +211,10 @@ impl Migrations {
         Ok(())
     }
 
-    fn begun(&mut self, number: u64, kind: Kind, asker: Asker, config: &Config, (hosts, worker): (Vec<policies::PolicyHost>, Worker)) {
+    fn begun(&mut self, number: u64, kind: Kind, asker: Asker, config: &Config, kept: (Vec<policies::PolicyHost>, Worker)) {
         let (told, begun_s) = (Instant::now(), unix_seconds());
         let history = Keeper::start(config, kind.entry(config));
-        let (asker, _policies, _worker) = (Some(asker), hosts, worker);
+        let (asker, (_policies, _worker)) = (Some(asker), kept);
         self.running = Some(Running { number, kind, begun_s, asker, told, history, _policies, _worker });
     }
 
