@@ -44,6 +44,11 @@ disk() { cat /tmp/disk; }
 
 identify() { nvme id-ctrl "$(disk)"; nvme id-ns "$(disk)"; }
 
+interrupts() { # NAME: the lines of whoever has that name; each must have come
+    grep "$1" /proc/interrupts || fail "$1 has no interrupt"
+    grep "$1" /proc/interrupts | awk '{ if ($2 + $3 == 0) exit 1 }' || fail "$1 has never been interrupted"
+}
+
 # ---- file systems ----
 
 mkfs() { mkfs.ext4 -q -F "$(disk)"; }

@@ -61,6 +61,7 @@ pub struct Machine {
     name: String,
     disks: Vec<Disk>,
     modules: Vec<&'static str>,
+    kernel: &'static str,
 }
 
 impl Machine {
@@ -86,11 +87,17 @@ impl Machine {
         self
     }
 
+    /// With more options on the kernel's command line.
+    pub fn kernel(mut self, options: &'static str) -> Self {
+        self.kernel = options;
+        self
+    }
+
     fn command(&self, folder: &Path, kernel_log: &Path) -> Command {
         let mut qemu = Command::new(folder.join("qemu-system-x86_64"));
         let memory = format!("memory-backend-memfd,id=memory,share=on,size={MEMORY_MIB}M");
         let size = format!("{MEMORY_MIB}M");
-        let kernel = format!("console=ttyS0 panic=-1 quiet no_timer_check dray.modules={}", self.modules.join(","));
+        let kernel = format!("console=ttyS0 panic=-1 quiet no_timer_check dray.modules={} {}", self.modules.join(","), self.kernel);
         // A nested KVM may be there that cannot run stock kernels: emulation is asked for by name. Without rdrand a young guest
         // has no random numbers yet.
         qemu.args(["-machine", "q35,memory-backend=memory", "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand", "-smp", "2"]);

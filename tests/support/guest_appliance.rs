@@ -147,13 +147,14 @@ impl Appliance {
         self.folder.join(socket_name(controller))
     }
 
-    /// What `dray status` prints.
+    /// What `dray status --json` prints.
     ///
     /// # Panics
     /// If it fails.
     #[track_caller]
     pub fn status(&self) -> String {
-        let output = Command::new(binary()).arg("--config").arg(self.folder.join("appliance.toml")).arg("status").output();
+        let config = self.folder.join("appliance.toml");
+        let output = Command::new(binary()).args(["status", "--json", "--config"]).arg(config).output();
         let output = output.expect("dray status");
         assert!(output.status.success(), "{output:?}\n{}", self.story());
         String::from_utf8(output.stdout).expect("UTF-8")

@@ -3,6 +3,10 @@
 
 use dray_tests::guest::{Guest, Machine, turn};
 use dray_tests::guest_appliance::{Appliance, NQN, SERIAL, by_nvme_tcp, free_port, remove};
+use serde_json::Value;
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The host's loopback, as a guest sees it.
 const HOST: &str = "10.0.2.2";
@@ -28,6 +32,24 @@ fn connect(guest: &mut Guest, port: u16, options: &str) {
 
 fn disconnect(guest: &mut Guest) {
     guest.run(&format!("disconnect {NQN}"));
+}
+
+/// Writes that the source's controller has answered.
+fn writes(appliance: &Appliance, cntlid: u16) -> u64 {
+    let status: Value = serde_json::from_str(&appliance.status()).expect("JSON");
+    let controllers = status["subsystems"][0]["controllers"].as_array().expect("controllers");
+    let found = controllers.iter().find(|controller| controller["cntlid"] == cntlid).expect("the controller");
+    found["counters"]["writes"].as_u64().expect("a number")
+}
+
+/// Waits until the controller has answered so many more.
+#[track_caller]
+fn goes_on(appliance: &Appliance, cntlid: u16, more: u64) {
+    let (before, end) = (writes(appliance, cntlid), Instant::now() + PATIENCE);
+    while writes(appliance, cntlid) < before + more {
+        assert!(Instant::now() < end, "the guest has stopped writing:\n{}", appliance.story());
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]
@@ -136,8 +158,13 @@ fn the_media_moves_under_a_host_that_verifies() {
     let appliance = Appliance::start(&Appliance::folder("tcp-media", &[by_nvme_tcp(2, port, None)]));
     let mut guest = boot("tcp-media");
     connect(&mut guest, port, "");
-    all(&mut guest, &["mkfs", "mounted", "tree_make", "tree_copy one", "start load fio_verified /mnt/load 4M 20", "running load"]);
+    all(&mut guest, &["mkfs", "mounted", "tree_make", "tree_copy one", "start load fio_verified /mnt/load 4M 40"]);
+    goes_on(&appliance, 2, 300);
+    let before = writes(&appliance, 2);
     appliance.media_move(1, "moved.img");
+    assert!(writes(&appliance, 2) > before, "nothing was written while it moved");
+    goes_on(&appliance, 2, 100);
+    guest.run("running load");
     all(&mut guest, &["finish load", "tree_check one", "tree_make 20", "tree_copy two", "tree_check two", "unmounted", "fsck"]);
     disconnect(&mut guest);
     guest.off();

@@ -4,7 +4,10 @@
 
 use dray_tests::guest::{Disk, Guest, Machine, turn};
 use dray_tests::guest_appliance::{Appliance, SERIAL, by_vfio_user, remove};
-use std::time::Duration;
+use serde_json::Value;
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn machine(name: &str, appliance: &Appliance, controller: u16) -> Machine {
     Machine::new(name).disk(Disk::VfioUser(appliance.socket(controller)))
@@ -13,6 +16,24 @@ fn machine(name: &str, appliance: &Appliance, controller: u16) -> Machine {
 fn all(guest: &mut Guest, steps: &[&str]) {
     for step in steps {
         guest.run(step);
+    }
+}
+
+/// Writes that the source's controller has answered.
+fn writes(appliance: &Appliance, cntlid: u16) -> u64 {
+    let status: Value = serde_json::from_str(&appliance.status()).expect("JSON");
+    let controllers = status["subsystems"][0]["controllers"].as_array().expect("controllers");
+    let found = controllers.iter().find(|controller| controller["cntlid"] == cntlid).expect("the controller");
+    found["counters"]["writes"].as_u64().expect("a number")
+}
+
+/// Waits until the controller has answered so many more.
+#[track_caller]
+fn goes_on(appliance: &Appliance, cntlid: u16, more: u64) {
+    let (before, end) = (writes(appliance, cntlid), Instant::now() + PATIENCE);
+    while writes(appliance, cntlid) < before + more {
+        assert!(Instant::now() < end, "the guest has stopped writing:\n{}", appliance.story());
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -36,7 +57,7 @@ fn a_stock_guest_uses_the_disk_over_reboots_and_the_end_of_its_qemu() {
     guest.reboot();
     find(&mut guest);
     all(&mut guest, &["fsck", "mounted", "tree_check one", "tree_make 20", "tree_copy two", "start load fio_verified /mnt/load 8M 60"]);
-    std::thread::sleep(Duration::from_secs(2));
+    goes_on(&appliance, 2, 300);
     guest.run("running load");
 
     // QEMU goes in the middle of writes, without a word; another one comes to the same socket.
@@ -46,6 +67,22 @@ fn a_stock_guest_uses_the_disk_over_reboots_and_the_end_of_its_qemu() {
     find(&mut guest);
     all(&mut guest, &["fsck_journal", "mounted", "tree_check one", "tree_check two", "fio_verified /mnt/fio 4M", "unmounted", "fsck"]);
     guest.off();
+    remove(&appliance.stop());
+}
+
+#[test]
+fn a_guest_without_message_signalled_interrupts_is_told_by_the_pin() {
+    let _turn = turn();
+    let appliance = Appliance::start(&Appliance::folder("pin", &[by_vfio_user(2, "doorbells"), by_vfio_user(3, "trapped")]));
+    for controller in [2, 3] {
+        let mut guest = Guest::boot(&machine("pin", &appliance, controller).kernel("pci=nomsi"));
+        find(&mut guest);
+        let told = guest.run("interrupts nvme");
+        assert!(told.contains("IO-APIC") && !told.contains("MSI"), "not by the pin:\n{told}");
+        all(&mut guest, &["mkfs", "mounted", "tree_make 20", "tree_copy one", "tree_check one", "fio_verified /mnt/fio 4M"]);
+        all(&mut guest, &["unmounted", "fsck"]);
+        guest.off();
+    }
     remove(&appliance.stop());
 }
 
@@ -82,8 +119,13 @@ fn the_media_moves_under_a_guest_that_verifies() {
     let appliance = Appliance::start(&Appliance::folder("media", &[by_vfio_user(2, "doorbells")]));
     let mut guest = Guest::boot(&machine("media", &appliance, 2));
     find(&mut guest);
-    all(&mut guest, &["mkfs", "mounted", "tree_make", "tree_copy one", "start load fio_verified /mnt/load 16M 20", "running load"]);
+    all(&mut guest, &["mkfs", "mounted", "tree_make", "tree_copy one", "start load fio_verified /mnt/load 16M 40"]);
+    goes_on(&appliance, 2, 300);
+    let before = writes(&appliance, 2);
     appliance.media_move(1, "moved.img");
+    assert!(writes(&appliance, 2) > before, "nothing was written while it moved");
+    goes_on(&appliance, 2, 100);
+    guest.run("running load");
     all(&mut guest, &["finish load", "tree_check one", "tree_make 20", "tree_copy two", "tree_check two", "unmounted", "fsck"]);
     guest.off();
     let folder = appliance.stop();

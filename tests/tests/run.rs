@@ -87,6 +87,22 @@ impl Place {
         serde_json::from_slice(&output.stdout).expect("JSON")
     }
 
+    /// What `dray history` knows, once so many migrations have their end there: that is written beside the appliance's work.
+    #[track_caller]
+    fn history(&self, ended: usize) -> Value {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let output = self.dray(&["history", "--json"]);
+            let known: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+            let all = known["migrations"].as_array().map_or(&[][..], Vec::as_slice);
+            if output.status.success() && all.iter().filter(|one| !one["ended"].is_null()).count() >= ended {
+                return known;
+            }
+            assert!(Instant::now() < end, "{}", said(&output));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     fn control(&self) -> BufReader<UnixStream> {
         let socket = UnixStream::connect(self.0.join("state/control.sock")).expect("connect");
         socket.set_read_timeout(Some(PATIENCE)).expect("a deadline");
@@ -134,6 +150,11 @@ impl Running {
 
 fn said(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// A message without the breaks that make it fit a terminal.
+fn flat(output: &Output) -> String {
+    said(output).replace(['\n', '│'], " ").split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[test]
@@ -196,6 +217,111 @@ fn what_it_serves_moves_there_and_back_and_the_records_keep_it() {
     let back = place.dray(&["migrate", "destination", "--to", "source"]);
     assert_eq!(back.status.code(), Some(0), "{}", said(&back));
     assert_eq!(place.status()["subsystems"][0]["namespaces"][0]["served_by"], "source");
+    running.stop();
+}
+
+#[test]
+fn what_it_moved_is_in_the_history() {
+    let place = Place::new("history");
+    let running = place.start();
+    assert_eq!(place.history(0)["migrations"], Value::Array(Vec::new()));
+    let media = place.dray(&["media-move", "source", "1", "--to", "copy.img"]);
+    assert_eq!(media.status.code(), Some(0), "{}", said(&media));
+    let moved = place.dray(&["migrate", "source", "--to", "destination", "--json"]);
+    assert_eq!(moved.status.code(), Some(0), "{}", said(&moved));
+    let moved: Value = serde_json::from_slice(&moved.stdout).expect("JSON");
+    // It can be asked while the appliance runs.
+    let known = place.history(2);
+    let [first, second] = known["migrations"].as_array().expect("migrations").as_slice() else { panic!("two: {known}") };
+    assert_eq!((&first["kind"], &first["subsystem"]), (&"media-move".into(), &"source".into()));
+    assert_eq!(first["from"], "source.img");
+    assert!(first["to"].as_str().is_some_and(|to| to.ends_with("copy.img")), "{first}");
+    assert_eq!((&second["kind"], &second["subsystem"]), (&"migration".into(), &Value::Null));
+    assert_eq!((&second["from"], &second["to"]), (&"source".into(), &"destination".into()));
+    for one in [first, second] {
+        assert_eq!((&one["nsid"], &one["nguid"]), (&1.into(), &"000000000000000000000000000000a1".into()), "{one}");
+        let ended = &one["ended"];
+        assert_eq!((&ended["outcome"], &ended["verdict_ok"]), (&"done".into(), &Value::Null), "nobody has compared: {one}");
+        assert!(ended["bytes"].as_u64() >= Some(8 << 20) && ended["at_s"].as_i64() >= one["begun_s"].as_i64(), "{one}");
+        assert!(ended["policies"].as_array().is_some_and(|policies| policies.len() == 3), "{one}");
+    }
+    assert_eq!(second["ended"]["downtime_us"], moved["downtime_us"]);
+    assert_eq!(second["ended"]["rounds"], moved["rounds"]);
+    let seen = known["namespaces"].as_array().expect("namespaces");
+    assert_eq!(seen.iter().filter(|namespace| namespace["bytes"] == 8 << 20).count(), 2, "{known}");
+    let people = said(&place.dray(&["history"]));
+    assert!(people.contains("source: source.img -> copy.img") && people.contains("source -> destination"), "{people}");
+
+    // What does not begin is none, what is undone says so, and the last end is kept by a stop that follows at once.
+    let refused = place.dray(&["migrate", "source", "--to", "destination"]);
+    assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
+    let mut control = place.control();
+    let ask = b"{\"v\":1,\"id\":1,\"do\":\"migrate\",\"from\":\"destination\",\"to\":\"source\"}\n\
+        {\"v\":1,\"id\":2,\"do\":\"cancel\"}\n";
+    control.get_mut().write_all(ask).expect("sent");
+    let end = loop {
+        let mut line = String::new();
+        assert!(control.read_line(&mut line).expect("an answer") > 0, "disconnected");
+        let answer: Value = serde_json::from_str(&line).expect("JSON");
+        if answer["id"] == 1 && answer.get("event").is_none() {
+            break answer;
+        }
+    };
+    assert_eq!(end["error"]["code"], "cancelled", "{end}");
+    running.stop();
+    let known = place.history(3);
+    let all = known["migrations"].as_array().expect("migrations");
+    let outcome = all[2]["ended"]["outcome"].as_str().expect("an outcome");
+    assert!(all.len() == 3 && outcome.starts_with("cancelled") && known["unreadable"] == 0, "{known}");
+}
+
+#[test]
+fn a_look_at_devices_follows_the_records_and_keeps_off_what_runs() {
+    let place = Place::new("followed");
+    let look = |args: &[&str]| {
+        let output = place.dray(args);
+        assert!(output.status.success(), "{}", said(&output));
+        serde_json::from_slice::<Value>(&output.stdout).expect("JSON")
+    };
+    let file = |list: &Value| {
+        let found = list["devices"].as_array().expect("devices").iter().find(|one| one["device"] == "source:2");
+        let namespace = &found.expect("the controller")["namespaces"][0];
+        (namespace["path"].as_str().expect("a path").rsplit('/').next().expect("a name").to_owned(), namespace["missing"] == true)
+    };
+    assert_eq!(file(&look(&["device", "list", "--json"])), ("source.img".into(), true), "nothing was ever served");
+    assert!(!place.0.join("state").exists() && !place.0.join("source.img").exists(), "looking makes nothing");
+
+    let running = place.start();
+    for args in [&["device", "list"][..], &["device", "identify", "source:2"], &["device", "identify", "destination:1"]] {
+        let refused = place.dray(args);
+        let words = flat(&refused);
+        assert!(!refused.status.success() && words.contains("the appliance runs on") && words.contains("dray status"), "{words}");
+    }
+    let moved = place.dray(&["media-move", "source", "1", "--to", "copy.img"]);
+    assert_eq!(moved.status.code(), Some(0), "{}", said(&moved));
+    running.stop();
+    std::fs::remove_file(place.0.join("source.img")).expect("the old file");
+    assert_eq!(file(&look(&["device", "list", "--json"])), ("copy.img".into(), false), "the copy serves");
+    assert_eq!(look(&["device", "identify", "source:2", "--json"])["identify_controller"]["sn"], "S-1");
+    assert!(!place.0.join("source.img").exists(), "looking makes nothing");
+
+    let running = place.start();
+    let moved = place.dray(&["migrate", "source", "--to", "destination"]);
+    assert_eq!(moved.status.code(), Some(0), "{}", said(&moved));
+    running.stop();
+    let words = flat(&place.dray(&["device", "identify", "source:2"]));
+    assert!(words.contains("source:2 were moved: \"destination\" serves them"), "{words}");
+    for name in ["source:1", "destination:1", "destination:2"] {
+        assert_eq!(look(&["device", "identify", name, "--json"])["identify_controller"]["sn"], "S-1");
+    }
+    let list = look(&["device", "list", "--json"]);
+    let devices = list["devices"].as_array().expect("devices");
+    let moved: Vec<_> = devices.iter().map(|one| &one["live_migration"]["moved_to"]).collect();
+    assert_eq!(moved, [&Value::Null, &"destination".into(), &Value::Null, &Value::Null]);
+    assert!(said(&place.dray(&["device", "list"])).contains("moved: destination serves"));
+    // And it changed nothing.
+    let running = place.start();
+    assert_eq!(place.status()["migration"]["serving"], "destination");
     running.stop();
 }
 
@@ -367,8 +493,7 @@ fn the_file_of_a_namespace_is_exchanged_while_its_client_writes() {
         (["media-move", "source", "1", "--to", "appliance.toml"], "is there already"),
     ] {
         let output = place.dray(&args);
-        // Long messages are broken into lines.
-        let said = said(&output).replace(['\n', '│'], " ").split_whitespace().collect::<Vec<_>>().join(" ");
+        let said = flat(&output);
         assert!(output.status.code() == Some(1) && said.contains(words) && !copy.exists(), "{said}");
     }
     let moved = place.dray(&["media-move", "source", "1", "--to", "copy.img", "--json"]);
@@ -399,6 +524,49 @@ fn the_file_of_a_namespace_is_exchanged_while_its_client_writes() {
     client.stop();
     running.stop();
     place.verify(&"destination.img".into());
+}
+
+#[test]
+fn a_stop_answers_what_is_under_way() {
+    let place = Place::new("stopped");
+    let running = place.start();
+    let client = Client::start(&place);
+    client.goes_on(200);
+    let said = running.stop();
+    assert!(said.ends_with("stopped\n") && !said.contains("cut off"), "{said}");
+    // It was in the middle of its writes: what it was told is in the file, and the next one goes on there.
+    client.bury();
+    place.verify(&"source.img".into());
+    let running = place.start();
+    let client = Client::start(&place);
+    client.goes_on(50);
+    client.stop();
+    running.stop();
+    place.verify(&"source.img".into());
+}
+
+#[test]
+fn how_far_a_migration_is_is_told_in_lines_and_on_a_terminal_by_a_bar() {
+    let place = Place::new("bar");
+    // So much takes a while, although nothing is in it.
+    let file = place.0.join("appliance.toml");
+    let text = std::fs::read_to_string(&file).expect("a configuration");
+    std::fs::write(&file, text.replace("8MiB", "2GiB")).expect("a configuration");
+    let running = place.start();
+    let there = place.dray(&["migrate", "source", "--to", "destination"]);
+    let (out, err) = (String::from_utf8_lossy(&there.stdout), String::from_utf8_lossy(&there.stderr));
+    assert!(there.status.success() && out.starts_with("moved: ") && out.contains("downtime"), "{out}{err}");
+    assert!(err.lines().any(|line| line.starts_with("round 0: ") && line.contains("of 2 GiB")), "{err}");
+    assert!(!err.contains(['\r', '\u{1b}', '█', '░']), "no terminal, no bar: {err:?}");
+    // `script` gives it one.
+    let command = format!("{} migrate destination --to source", binary().display());
+    let mut script = Command::new("script");
+    let script = script.args(["-qec", &command, "/dev/null"]).current_dir(&place.0).stdin(Stdio::null()).env("TERM", "xterm");
+    let back = script.output().expect("script");
+    let shown = String::from_utf8_lossy(&back.stdout);
+    assert!(back.status.success() && shown.contains("moved: "), "{shown}");
+    assert!(shown.contains("round 0") && shown.contains('░') && shown.contains('\r'), "a bar: {shown:?}");
+    running.stop();
 }
 
 #[test]
@@ -455,4 +623,8 @@ fn killed_in_a_media_move_it_loses_nothing() {
     client.stop();
     running.stop();
     place.verify(&served);
+    let known = place.history(0);
+    let all = known["migrations"].as_array().expect("migrations");
+    let good = all.iter().all(|one| one["kind"] == "media-move" && (one["ended"].is_null() || one["ended"]["outcome"] == "done"));
+    assert!(!all.is_empty() && all.len() <= 8 && good && known["unreadable"] == 0, "{known}");
 }

@@ -10,7 +10,7 @@ pub const HELP: &str = "\
 Builds and runs all tests, in stages, and prints what each took: set-up (Debian's e2fsprogs), the
 policies, the virtual machines (see `cargo xtask guests`), the host with tests and benches, the host's tests, 2,000 seeds of the simulator and its
 planted faults, the policies' own tests on the host, the loom tests of the crates that have some, and the fenced memory under Miri or, where that is not
-installed, AddressSanitizer, the fuzz targets for a few seconds each. Stops at the first stage that fails.
+installed, AddressSanitizer, the fuzz targets for a few seconds each, our servers before clients that others have written. Stops at the first stage that fails.
 
 The sandbox's runtime (wasmtime) takes minutes to compile: a run that compiles it twice fails.
 
@@ -128,6 +128,10 @@ fn stages(tree: &Tree) -> Outcome<Vec<Stage>> {
     let mut harness = fuzz::command(tree, &["test"])?;
     harness.arg("--lib");
     stages.push(Stage { name: "fuzz harness", command: harness, tests: true });
+    // A workspace of its own: what others' clients are built with would compile wasmtime again.
+    let mut interop = cargo(tree, &["test", "--release", "--manifest-path", "tests/interop/Cargo.toml"]);
+    interop.env("CARGO_TARGET_DIR", tree.target("interop")?);
+    stages.push(Stage { name: "others' clients", command: interop, tests: true });
     Ok(stages)
 }
 

@@ -175,6 +175,18 @@ impl BackingRecord {
 /// # Errors
 /// [`BackingsError`]: then nothing may be served.
 pub fn settle(config: &mut Config) -> Result<Vec<String>, BackingsError> {
+    follow(config, true)
+}
+
+/// As [`settle`], for whoever only looks: what was cut short stays so.
+///
+/// # Errors
+/// [`BackingsError`].
+pub fn look(config: &mut Config) -> Result<(), BackingsError> {
+    follow(config, false).map(drop)
+}
+
+fn follow(config: &mut Config, close: bool) -> Result<Vec<String>, BackingsError> {
     let (mut lines, mut serving) = (Vec::new(), Vec::new());
     for (at, subsystem) in config.file.subsystems.iter().enumerate() {
         for (nth, namespace) in subsystem.namespaces.iter().enumerate() {
@@ -191,7 +203,9 @@ pub fn settle(config: &mut Config) -> Result<Vec<String>, BackingsError> {
                 let (migration, path) = (record.recovery.migration, path.with_extension("names"));
                 return Err(BackingsError::Stranger { subsystem: name, nsid, migration, path });
             };
-            record.close()?;
+            if close {
+                record.close()?;
+            }
             if let Some(serves) = serves {
                 lines.push(record.line(&name, nsid, &serves));
                 if serves != name_of(namespace) {
@@ -330,6 +344,8 @@ mod tests {
         drop(record);
         assert_eq!(settled().0[0], "a.img", "named, but not begun");
         write(open(&fresh), begun, RecordPhase::Copying);
+        look(&mut fresh.clone()).expect("looked at");
+        assert_eq!(open(&fresh).recovery.phase, Some(RecordPhase::Copying), "looking closes nothing");
         assert_eq!(settled().0[0], "a.img", "cut short");
         let mut record = open(&fresh);
         assert_eq!(record.recovery.phase, Some(RecordPhase::Undone), "and closed");

@@ -63,7 +63,8 @@ pub(crate) struct Controller {
     pub(crate) live: Vec<u16>,
     next_live: usize,
     pub(crate) ready: Vec<Ready>,
-    signal: Vec<u16>,
+    /// Completion queues that have new entries.
+    pub(crate) signal: Vec<u16>,
     pub(crate) enabled: bool,
     /// Was reset while backings had operations of it under way: until they have ended, CSTS.RDY stays and nothing is enabled. A
     /// host that finds RDY cleared may use its memory again, and an old write must not come after a new one (Base 2.3 §3.7.2).
@@ -90,7 +91,7 @@ pub(crate) struct Controller {
     pub(crate) management: Option<SubmissionEntry>,
     /// The controller was reset since the subsystem last looked.
     pub(crate) was_reset: bool,
-    coalescing: bool,
+    pub(crate) coalescing: bool,
     /// The address space changed under queues that have not been looked up again.
     remapped: bool,
     pub(crate) lost: Lost,
@@ -220,6 +221,9 @@ impl Controller {
         if self.coalescing {
             self.coalesced(port);
         }
+        if port.uses_pin() {
+            self.drive_pin(port);
+        }
         self.settle(Some(port), shared);
         if matches!(self.shutdown, Shutdown::Flushing { .. }) && self.run == Run::Active {
             self.go_on_shutting_down(port, shared);
@@ -246,13 +250,21 @@ impl Controller {
         self.traps = port.traps_doorbells();
         if self.run == Run::Active {
             (self.resets_seen, self.cc_seen) = (port.bar().resets(), 0);
+            let port = port.clone();
             if port.was_running() {
                 // Queues that another controller had cannot begin anew: the guest has to reset.
-                (self.fatal, self.cc_seen) = (true, port.bar().load32(offset::CC));
+                self.fail_enabled(&port);
             }
             Self::publish_constants(port.bar(), self.cap);
-            self.publish_status(port);
+            self.publish_status(&port);
         }
+    }
+
+    /// Fails, if the guest has CC.EN set, until it clears that; if it has not, there is nothing that could not go on.
+    fn fail_enabled(&mut self, port: &Port) {
+        self.cc_seen = port.bar().load32(offset::CC);
+        self.fatal = Cc::from_bits(self.cc_seen).en();
+        self.lost.failed = self.fatal;
     }
 
     /// It is suspended, and what it has is not what the function in its slot had last: it may only go on by Resume.
@@ -262,14 +274,14 @@ impl Controller {
         self.run != Run::Active && (self.restored || self.parted || is_new)
     }
 
-    /// A controller that waited for Resume and whose manager was reset cannot go on: it waits, fatal, for the guest's reset.
+    /// A controller that waited for Resume and whose manager was reset cannot go on: it waits, failed, for the guest's reset.
     pub(crate) fn fail_restored(&mut self, shared: &mut Shared) {
         self.reset(shared);
-        self.fatal = true;
-        if let Some(port) = &self.port {
-            (self.resets_seen, self.cc_seen) = (port.bar().resets(), port.bar().load32(offset::CC));
+        if let Some(port) = self.port.clone() {
+            self.resets_seen = port.bar().resets();
+            self.fail_enabled(&port);
             Self::publish_constants(port.bar(), self.cap);
-            self.publish_status(port);
+            self.publish_status(&port);
         }
     }
 
@@ -511,43 +523,6 @@ impl Controller {
         self.ready.clear();
         self.raise_interrupts(port);
         count
-    }
-
-    fn raise_interrupts(&mut self, port: &Port) {
-        while let Some(cqid) = self.signal.pop() {
-            let Some(cq) = self.cqs.get_mut(usize::from(cqid)).and_then(Option::as_mut) else { continue };
-            cq.listed = false;
-            if !cq.ien {
-                cq.unsignalled = 0;
-                continue;
-            }
-            let (threshold, time_ns) = self.features.coalescing(cq.vector);
-            if cq.qid == 0 || threshold == 0 || cq.unsignalled > threshold {
-                Self::interrupt(cq, port, &mut self.engine.counters.interrupts);
-            } else if cq.deadline == Time::NEVER {
-                cq.deadline = self.now.after_ns(time_ns);
-                self.coalescing = true;
-            }
-        }
-    }
-
-    fn interrupt(cq: &mut Cq, port: &Port, count: &mut u64) {
-        port.raise(cq.vector);
-        *count += 1;
-        (cq.unsignalled, cq.deadline) = (0, Time::NEVER);
-    }
-
-    /// Raises the interrupts that have waited long enough.
-    fn coalesced(&mut self, port: &Port) {
-        self.coalescing = false;
-        let count = &mut self.engine.counters.interrupts;
-        for cq in self.cqs.iter_mut().flatten().filter(|cq| cq.deadline != Time::NEVER) {
-            if cq.deadline <= self.now {
-                Self::interrupt(cq, port, count);
-            } else {
-                self.coalescing = true;
-            }
-        }
     }
 
     /// The next moment at which something happens by itself.

@@ -3,7 +3,7 @@
 //! **What it does.** One migration management controller and up to 64 migratable ones over shared or private namespaces, in
 //! memory ([`MemoryBacking`]) or a file ([`FileBacking`]). Registers, CC.EN and doorbells are polled; PRPs and SGLs; the I/O
 //! commands Read, Write, Flush, Write Zeroes, DSM deallocate, Compare, Verify, Copy, Write Uncorrectable; Identify, features,
-//! log pages, asynchronous events, Abort; interrupts by event line with coalescing. For live migration: controller data queues
+//! log pages, asynchronous events, Abort; interrupts by event line with coalescing, or by the pin. For live migration: controller data queues
 //! that log every change of the media, suspend with drain, controller state out and in, tracking of written host memory, and a
 //! limit on a guest's commands (vendor feature C0h). For a media move: the backing of a namespace is exchanged while its
 //! controllers are kept from fetching, and stay before their guests.
@@ -35,6 +35,7 @@ mod dptr;
 mod engine;
 mod exchange;
 mod features;
+mod interrupt;
 mod io;
 mod job;
 mod limit;

@@ -6,8 +6,10 @@
 //! the controller has failed, and says so until CC.EN is cleared.
 
 use crate::controller::{Controller, Run};
+use dray_device::bar::Bar;
 use dray_device::poll::Time;
 use dray_device::slot::Port;
+use dray_nvme::registers::offset;
 
 /// Milliseconds in which the memory must be there again. Hypervisors need some for each mapping when the machine is busy;
 /// drivers wait for tens of seconds before they give a command up.
@@ -21,8 +23,17 @@ pub(crate) struct Lost {
     /// The controller has failed while it was enabled. CSTS.RDY stays: a guest that clears CC.EN and finds RDY cleared already
     /// sets it again before anyone has looked.
     pub(crate) failed: bool,
+    /// The AQA, ASQ and ACQ that it could not be enabled with.
+    refused: Option<AdminQueues>,
     /// Whose memory the queues are in.
     owner: u64,
+}
+
+/// AQA, ASQ and ACQ as the guest has them.
+type AdminQueues = (u32, u64, u64);
+
+fn admin_queues(bar: &Bar) -> AdminQueues {
+    (bar.load32(offset::AQA), bar.load64(offset::ASQ), bar.load64(offset::ACQ))
 }
 
 impl Controller {
@@ -45,6 +56,19 @@ impl Controller {
     /// Queues are found or given up: nothing is waited for.
     pub(crate) fn nothing_lost(&mut self) {
         self.lost = Lost { owner: self.engine.reader.owner(), ..Lost::default() };
+    }
+
+    /// It cannot be enabled with the admin queues that the registers name. It does not say ready, so a guest that has the registers
+    /// mapped may clear CC.EN and set it again before anyone has looked.
+    pub(crate) fn refuse_queues(&mut self, bar: &Bar) {
+        self.fatal = true;
+        self.lost.refused = Some(admin_queues(bar));
+    }
+
+    /// Whether the guest has meanwhile named other admin queues than those refused: it may only while CC.EN is cleared
+    /// (Base 2.3 §3.1.4.8 to §3.1.4.10).
+    pub(crate) fn names_other_queues(&self, bar: &Bar) -> bool {
+        self.lost.refused.is_some_and(|refused| refused != admin_queues(bar))
     }
 
     /// The address space has changed.

@@ -51,12 +51,16 @@ impl Controller {
             return;
         }
         let seen = Control { resets: self.resets_seen, cc: self.cc_seen };
-        let Some(Control { resets, cc }) = port.bar().control_if_changed(seen) else { return };
+        // Before CC: whoever names other queues has cleared CC.EN by then.
+        let other_queues = self.fatal && self.names_other_queues(port.bar());
+        let now = if other_queues { Some(port.bar().control_at_rest()) } else { port.bar().control_if_changed(seen) };
+        let Some(Control { resets, cc }) = now else { return };
         let cc = Cc::from_bits(cc);
-        if resets != self.resets_seen || (self.enabled || self.fatal) && !cc.en() {
+        if other_queues || resets != self.resets_seen || (self.enabled || self.fatal) && !cc.en() {
             self.resets_seen = resets;
             self.reset(shared);
             self.cc_seen = 0;
+            port.bar().unmask_interrupts();
             self.publish_status(port);
         }
         if self.run == Run::Active {
@@ -78,7 +82,7 @@ impl Controller {
                 Ok(()) => self.enabled = true,
                 Err(reason) => {
                     tracing::warn!(cntlid = self.config.cntlid, reason, "a controller cannot be enabled");
-                    self.fatal = true;
+                    self.refuse_queues(port.bar());
                 }
             }
             self.publish_status(port);

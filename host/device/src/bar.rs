@@ -75,8 +75,10 @@ impl Bar {
         Control { resets: self.resets(), cc: self.load32(offset::CC) }
     }
 
+    /// CC and the count of falls, as they are together.
     #[cold]
-    fn control_at_rest(&self) -> Control {
+    #[must_use]
+    pub fn control_at_rest(&self) -> Control {
         let _rest = self.change();
         self.control()
     }
@@ -163,6 +165,11 @@ impl Bar {
             _ if (offset::ASQ..offset::ACQ + 8).contains(&at) => self.store32(at, value),
             _ => {}
         }
+    }
+
+    /// Every interrupt vector unmasked, as after a controller reset.
+    pub fn unmask_interrupts(&self) {
+        self.mask_interrupts(0, u32::MAX);
     }
 
     fn mask_interrupts(&self, set: u32, clear: u32) {

@@ -2,8 +2,8 @@
 //!
 //! - [`memory`], [`space`]: arenas that devices read and write, and the address spaces they are mapped in; [`fault`]: memory
 //!   of others that goes away;
-//! - [`function`], [`bar`], [`slot`]: the device seam, and its in-process loopback: registers, doorbells, event lines, and the
-//!   slot that lets a guest keep its place when the controller behind it changes;
+//! - [`function`], [`bar`], [`slot`]: the device seam, and its in-process loopback: registers, doorbells, event lines, the
+//!   interrupt [`pin`], and the slot that lets a guest keep its place when the controller behind it changes;
 //! - [`command`]: the command seam, for controllers that have no registers for us;
 //! - [`backing`]: where the blocks of a software controller's namespace are; [`uring`]: files by io_uring;
 //! - [`socket`]: byte streams that carry descriptors; [`vfio_user`]: a function over one;
@@ -23,6 +23,7 @@ pub mod fault;
 pub mod function;
 mod line;
 pub mod memory;
+pub mod pin;
 pub mod planted;
 pub mod poll;
 pub mod random;

@@ -10,6 +10,7 @@ use crate::event::EventLine;
 use crate::function::{Doorbell, Function};
 use crate::line::Vector;
 use crate::memory::MemoryError;
+use crate::pin::Pin;
 use crate::space::AddressSpace;
 use crate::sync::{AtomicBool, AtomicU64, Mutex};
 use dray_nvme::registers::{Cc, offset};
@@ -33,6 +34,7 @@ struct SlotShared {
     bar: Bar,
     space: AddressSpace,
     vectors: Vec<Vector>,
+    pin: Pin,
     /// Counts attachments: a port of an older epoch is no longer the slot's.
     epoch: AtomicU64,
     current: Mutex<Option<Plug>>,
@@ -70,6 +72,7 @@ impl Slot {
             bar: Bar::new()?,
             space,
             vectors,
+            pin: Pin::new(),
             epoch: AtomicU64::new(0),
             current: Mutex::new(None),
             gone: AtomicBool::new(false),
@@ -135,6 +138,12 @@ impl Slot {
     pub fn set_line(&self, vector: u16, line: Option<EventLine>) -> bool {
         let found = self.shared.vectors.get(usize::from(vector));
         found.map(|vector| vector.set(line)).is_some()
+    }
+
+    /// The function's interrupt pin.
+    #[must_use]
+    pub fn pin(&self) -> &Pin {
+        &self.shared.pin
     }
 
     /// Signals a vector as a controller does.
@@ -264,6 +273,23 @@ impl Port {
     #[inline]
     pub fn raise(&self, vector: u16) {
         self.slot.raise(vector);
+    }
+
+    /// Whether the function's pin is used: then each poll says what its level is.
+    #[inline]
+    #[must_use]
+    pub fn uses_pin(&self) -> bool {
+        self.slot.pin.is_on()
+    }
+
+    /// Sets the level of the pin. `wanting` has the vectors of completion queues with entries; those that INTMS masks do not
+    /// count (Base 2.3 §3.1.4.3), vectors beyond its 32 bits always do.
+    pub fn drive_pin(&self, mut wanting: impl Iterator<Item = u16>) {
+        let masks = if self.slot.pin.is_deaf() { 0 } else { self.slot.bar.load32(offset::INTMS) };
+        let masked = |vector: u16| masks.checked_shr(vector.into()).is_some_and(|bits| bits & 1 == 1);
+        if self.is_current() {
+            self.slot.pin.drive(wanting.any(|vector| !masked(vector)));
+        }
     }
 }
 

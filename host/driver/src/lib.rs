@@ -37,6 +37,7 @@ mod pairs;
 mod prp;
 pub mod queue;
 pub mod quirks;
+mod requests;
 mod ring;
 mod sync;
 

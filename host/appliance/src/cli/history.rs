@@ -3,7 +3,7 @@
 use crate::config::Config;
 use crate::config::units::{Size, Span};
 use crate::store::entry::{MigrationEntry, NamespaceEntry};
-use crate::store::{Contents, Store};
+use crate::store::{Contents, Store, StoreError};
 use miette::{IntoDiagnostic, WrapErr, miette};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -23,7 +23,11 @@ pub(super) fn run(config: &Path, as_json: bool) -> miette::Result<ExitCode> {
     let contents = if state.join("store").exists() {
         let store = Store::start(&state).into_diagnostic()?;
         let contents = store.read(PATIENCE);
-        let contents = contents.map_err(|error| miette!("{error}")).wrap_err("the history cannot be read")?;
+        let contents = contents.map_err(|error| match error {
+            StoreError::InUse(_) => miette!(help = "a migration runs; `dray status` shows it", "{error}"),
+            _ => miette!("{error}"),
+        });
+        let contents = contents.wrap_err("the history cannot be read")?;
         store.close(PATIENCE).map_err(|error| miette!("{error}"))?;
         contents
     } else {
@@ -77,13 +81,13 @@ fn text(contents: &Contents) -> String {
 }
 
 fn line(text: &mut String, number: u64, migration: &MigrationEntry) {
-    let way = format!("{} -> {}", migration.from, migration.to);
-    let begun = date(migration.begun_s);
-    let nsid = migration.nsid;
+    let (way, begun) = (way(migration), date(migration.begun_s));
+    let nsids: Vec<_> = [migration.nsid].iter().chain(&migration.further).map(u32::to_string).collect();
+    let nsid = nsids.join(",");
     let _infallible = match &migration.ended {
         Some(ending) => {
             let downtime = ending.downtime_us.map_or_else(|| "-".into(), micros);
-            let verdict = if ending.verdict_ok { "" } else { " (verdict FAILED)" };
+            let verdict = if ending.verdict_ok == Some(false) { " (verdict FAILED)" } else { "" };
             let (copied, took) = (Size(ending.bytes).to_string(), micros(ending.duration_us));
             let (rounds, outcome) = (ending.rounds, &ending.outcome);
             writeln!(text, "{number:>4}  {begun}  {way:<26}  {nsid:>4}  {rounds:>6}  {copied:>10}  {took:>8}  {downtime:>8}  {outcome}{verdict}")
@@ -93,6 +97,19 @@ fn line(text: &mut String, number: u64, migration: &MigrationEntry) {
             writeln!(text, "{number:>4}  {begun}  {way:<26}  {nsid:>4}  {none:>6}  {none:>10}  {none:>8}  {none:>8}  not ended: the process was stopped")
         }
     };
+}
+
+/// From where to where, in few words.
+fn way(migration: &MigrationEntry) -> String {
+    let MigrationEntry { subsystem: Some(subsystem), .. } = migration else {
+        return format!("{} -> {}", migration.from, migration.to);
+    };
+    // A path as a whole would take the line.
+    let short = |name: &str| match Path::new(name).file_name() {
+        Some(file) => file.to_string_lossy().into_owned(),
+        None => "memory".into(),
+    };
+    format!("{subsystem}: {} -> {}", short(&migration.from), short(&migration.to))
 }
 
 fn seen(text: &mut String, namespace: &NamespaceEntry) {
@@ -124,7 +141,7 @@ fn date(unix_s: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::entry::Ending;
+    use crate::store::entry::{Ending, MoveKind};
 
     #[test]
     fn dates_are_those_of_the_calendar() {
@@ -147,17 +164,22 @@ mod tests {
     #[test]
     fn what_has_ended_and_what_has_not_are_both_shown() {
         assert_eq!(text(&Contents::default()), "no migrations yet\n");
-        let begun = MigrationEntry { from: "a".into(), to: "b".into(), nsid: 1, ..MigrationEntry::default() };
+        let begun = MigrationEntry { from: "a".into(), to: "b".into(), nsid: 1, further: vec![7], ..MigrationEntry::default() };
         let policies = vec![("cdq".into(), "cdq.wasm".into(), "00".into())];
-        let ending = Ending { outcome: "done".into(), verdict_ok: true, downtime_us: Some(1500), policies, ..Ending::default() };
+        let ending = Ending { outcome: "done".into(), verdict_ok: Some(true), downtime_us: Some(1500), policies, ..Ending::default() };
         let ended = MigrationEntry { ended: Some(ending), ..begun.clone() };
         let namespaces = vec![NamespaceEntry { subsystem: "a".into(), nsid: 1, controllers: vec![1, 2], ..NamespaceEntry::default() }];
-        let contents = Contents { migrations: vec![(1, begun), (2, ended)], namespaces, unreadable: 1 };
+        let (subsystem, from, to) = (Some("a".into()), String::new(), "/some/where/copy.img".into());
+        let media = MigrationEntry { kind: MoveKind::MediaMove, subsystem, from, to, nsid: 2, ..MigrationEntry::default() };
+        let contents = Contents { migrations: vec![(1, begun), (2, ended), (3, media)], namespaces, unreadable: 1 };
         let shown = text(&contents);
+        assert!(shown.contains("a -> b") && shown.contains(" 1,7 ") && shown.contains("a: memory -> copy.img"), "{shown}");
         assert!(shown.contains("not ended") && shown.contains("done") && shown.contains(&micros(1500)) && shown.contains("1 entries"));
         let json = to_json(&contents);
         assert_eq!((&json["migrations"][0]["ended"], &json["migrations"][1]["number"]), (&Value::Null, &2.into()));
         assert_eq!(json["migrations"][1]["ended"]["policies"][0]["component"], "cdq.wasm");
+        let kinds = [1, 2].map(|at| json["migrations"][at]["kind"].clone());
+        assert_eq!(kinds, ["migration", "media-move"].map(Value::from));
         assert_eq!(json["namespaces"][0]["controllers"][1], 2);
     }
 }

@@ -176,7 +176,9 @@ fn file_of_nsid(text: &str) -> Result<(u32, PathBuf), String> {
 #[derive(Debug, Subcommand)]
 enum DeviceCommand {
     /// List controllers and namespaces
-    #[command(after_help = "Example: dray device list")]
+    #[command(after_help = "Example: dray device list\n\n\
+        Files are those that serve, by the records of migrations and media moves. While an appliance runs it is refused: \
+        `dray status` shows what that has.")]
     List {
         /// As JSON
         #[arg(long)]

@@ -13,6 +13,8 @@ use crate::core::records::RecordJournal;
 use crate::moving::{Board, Plan, ingredients, migration_config, mmc_driver, reader};
 use crate::policies;
 use crate::recovery::Records;
+use crate::store::entry::{MigrationEntry, MoveKind};
+use crate::store::keep::{Keeper, nguid};
 use dray_device::space::AddressSpace;
 use dray_migration::{
     Hooks, LocalDestination, MediaIngredients, Migration, Outcome, Owner, Policies, ProgressView, Reason, Report,
@@ -21,6 +23,7 @@ use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long the core may take over an answer.
@@ -80,6 +83,25 @@ impl Kind {
         (value["kind"], value["from"], value["to"]) = (json!(self.name()), json!(from), json!(to));
     }
 
+    /// What the history says of it.
+    fn entry(&self, config: &Config) -> MigrationEntry {
+        match self {
+            Self::Controllers { names: [from, to], .. } => {
+                let mut nsids = namespaces(config, from).into_iter().map(|(nsid, _)| nsid);
+                let nsid = nsids.next().unwrap_or_default();
+                let nguid = nguid(config, from, nsid);
+                let (from, to) = (from.clone(), to.clone());
+                MigrationEntry { from, to, nsid, nguid, further: nsids.collect(), ..MigrationEntry::default() }
+            }
+            Self::Media(kept) => {
+                let Kept { subsystem, nsid, names: [from, to], .. } = &**kept;
+                let (kind, nguid) = (MoveKind::MediaMove, nguid(config, subsystem, *nsid));
+                let (subsystem, from, to) = (Some(subsystem.clone()), from.clone(), to.clone());
+                MigrationEntry { kind, subsystem, from, to, nsid: *nsid, nguid, ..MigrationEntry::default() }
+            }
+        }
+    }
+
     /// For people.
     fn words(&self, number: u64) -> String {
         match self {
@@ -108,6 +130,7 @@ struct Running {
     begun_s: i64,
     asker: Option<Asker>,
     told: Instant,
+    history: Keeper,
     _policies: Vec<policies::PolicyHost>,
     _worker: Worker,
 }
@@ -119,6 +142,8 @@ pub(super) struct Migrations {
     ended: VecDeque<Value>,
     serving: Owner,
     in_doubt: bool,
+    /// Waits until the last one's end is durable in the history.
+    noted: Option<JoinHandle<()>>,
 }
 
 fn failed(what: &str, error: impl std::fmt::Display) -> ControlError {
@@ -128,7 +153,7 @@ fn failed(what: &str, error: impl std::fmt::Display) -> ControlError {
 impl Migrations {
     /// None yet; `serving` is by the records.
     pub(super) fn new(board: Arc<Board>, serving: Owner) -> Self {
-        Self { board, running: None, ended: VecDeque::new(), serving, in_doubt: false }
+        Self { board, running: None, ended: VecDeque::new(), serving, in_doubt: false, noted: None }
     }
 
     /// The end of `[migration]` that serves.
@@ -182,13 +207,24 @@ impl Migrations {
         let with = with.map_err(|error| failed("the migration cannot be set up", error))?;
         let migration = Migration::new(setup, with, clock.now()).map_err(|error| failed("the migration cannot be set up", error))?;
         self.board.start(Box::new(migration));
-        self.begun(number, Kind::Controllers { back, names }, asker, (hosts, worker));
+        self.begun(number, Kind::Controllers { back, names }, asker, &config, (hosts, worker));
         Ok(())
     }
 
-    fn begun(&mut self, number: u64, kind: Kind, asker: Asker, (hosts, worker): (Vec<policies::PolicyHost>, Worker)) {
+    fn begun(&mut self, number: u64, kind: Kind, asker: Asker, config: &Config, kept: (Vec<policies::PolicyHost>, Worker)) {
         let (told, begun_s) = (Instant::now(), unix_seconds());
-        self.running = Some(Running { number, kind, begun_s, asker: Some(asker), told, _policies: hosts, _worker: worker });
+        let history = Keeper::start(config, kind.entry(config));
+        let (asker, (_policies, _worker)) = (Some(asker), kept);
+        self.running = Some(Running { number, kind, begun_s, asker, told, history, _policies, _worker });
+    }
+
+    /// Waits until the history has the end of the last one, a few seconds at most.
+    pub(super) fn close(mut self) {
+        // One that has not ended stands in the history as that.
+        drop(self.running.take());
+        if let Some(noted) = self.noted.take() {
+            let _panicked = noted.join();
+        }
     }
 
     /// Begins a media move; whoever asked hears of it by and by. What it is, in words.
@@ -234,7 +270,7 @@ impl Migrations {
         self.board.start(Box::new(migration));
         let kind = Kind::Media(Box::new(kept));
         let words = kind.words(id);
-        self.begun(id, kind, asker, (hosts, worker));
+        self.begun(id, kind, asker, config, (hosts, worker));
         Ok(words)
     }
 
@@ -330,7 +366,9 @@ impl Migrations {
         if let Some(asker) = running.asker {
             outbox.end(asker, end.map(|()| value));
         }
-        let line = format!("{}: {}", running.kind.words(running.number), outcome(&report.outcome, running.kind.old()).1);
+        let words = outcome(&report.outcome, running.kind.old()).1;
+        let line = format!("{}: {words}", running.kind.words(running.number));
+        self.noted = running.history.end_beside(&report, &words);
         if let Kind::Media(kept) = running.kind {
             let is_clear = matches!(report.outcome, Outcome::Undone(_));
             kept.over(report.outcome == Outcome::Moved, is_clear, config);

@@ -115,10 +115,8 @@ impl Signals {
 
 /// The state folder, for this process alone.
 fn take(config: &Config, state: &Path) -> miette::Result<StateLock> {
-    let path = socket_path(config);
     // One that serves is refused at once; one that is just dying is waited for.
-    if let Ok(other) = UnixSocket::connect(&path) {
-        let pid = other.peer_credentials().map(|peer| peer.pid).unwrap_or_default();
+    if let Some(pid) = process_of(config) {
         return Err(miette!(
             help = "stop it, or give this one a state folder of its own ([core] state)",
             "the appliance runs already on {}: process {pid}",
@@ -126,6 +124,12 @@ fn take(config: &Config, state: &Path) -> miette::Result<StateLock> {
         ));
     }
     StateLock::take(state).into_diagnostic().wrap_err_with(|| format!("the state folder {}", state.display()))
+}
+
+/// The process that runs on the configuration's state folder, if one does.
+pub(crate) fn process_of(config: &Config) -> Option<i32> {
+    let other = UnixSocket::connect(&socket_path(config)).ok()?;
+    Some(other.peer_credentials().map(|peer| peer.pid).unwrap_or_default())
 }
 
 /// What runs, as the main thread has it.
@@ -363,6 +367,7 @@ impl Appliance {
         // Sockets of exports are removed with their listeners.
         drop(self.core.stop().into_diagnostic()?);
         drop(self.control);
+        self.migrations.close();
         say("stopped");
         Ok(())
     }

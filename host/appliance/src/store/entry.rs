@@ -14,15 +14,35 @@ const HEAD: usize = 1 + 8;
 /// Most bytes of an entry. A longer one is not kept.
 pub(super) const MOST_BYTES: usize = 64 << 10;
 
-/// A migration, from its begin on.
+/// What moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MoveKind {
+    /// Controllers and their media.
+    #[default]
+    Migration,
+    /// The media behind controllers that stayed.
+    MediaMove,
+}
+
+/// A migration or a media move, from its begin on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MigrationEntry {
-    /// The source subsystem's name in the configuration.
+    /// What moved.
+    #[serde(default)]
+    pub kind: MoveKind,
+    /// Of a media move: the name of the subsystem that the namespace is of.
+    #[serde(default)]
+    pub subsystem: Option<String>,
+    /// The source subsystem's name in the configuration; of a media move the file, empty for memory.
     pub from: String,
     /// The destination's.
     pub to: String,
     /// The NSID of the namespace that moves.
     pub nsid: u32,
+    /// NSIDs of those that move along.
+    #[serde(default)]
+    pub further: Vec<u32>,
     /// Its NGUID, 32 hexadecimal digits.
     pub nguid: String,
     /// When it began, seconds since 1970 UTC, by the caller's clock.
@@ -38,8 +58,8 @@ pub struct Ending {
     pub at_s: i64,
     /// "done", "undone: …", "in doubt: …".
     pub outcome: String,
-    /// Every block and every write was accounted for.
-    pub verdict_ok: bool,
+    /// Every block and every write was accounted for; `None` where nobody has compared them.
+    pub verdict_ok: Option<bool>,
     /// Rounds, the last one included.
     pub rounds: u32,
     /// Bytes written to the destination.

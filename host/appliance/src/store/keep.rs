@@ -4,8 +4,10 @@ use super::entry::{Ending, MigrationEntry, NamespaceEntry};
 use super::{Store, Ticket};
 use crate::config::{BackingKind, Config, Namespace};
 use crate::core::clock::unix_seconds;
-use crate::summary::{Policy, Summary, Verdict};
+use crate::summary::{Summary, Verdict};
 use dray_migration::Report;
+use dray_migration::report::PolicyReport;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// How long the process waits for the store at its end.
@@ -24,17 +26,19 @@ impl Keeper {
     /// depend on it.
     #[must_use]
     pub fn begin(config: &Config, nsid: u32) -> Self {
+        let (from, to) = (config.file.migration.from.get_ref().clone(), config.file.migration.to.get_ref().clone());
+        let nguid = nguid(config, &from, nsid);
+        Self::start(config, MigrationEntry { from, to, nsid, nguid, ..MigrationEntry::default() })
+    }
+
+    /// Notes that a migration or a media move begins now, as [`Keeper::begin`].
+    #[must_use]
+    pub fn start(config: &Config, entry: MigrationEntry) -> Self {
         let state = config.path(&config.file.core.state);
         let store = Store::start(&state);
         let store = store.inspect_err(|error| tracing::warn!(%error, "the history of migrations is not kept")).ok();
         let now = unix_seconds();
-        let from = config.file.migration.from.get_ref();
-        let namespaces = config.subsystem(from).into_iter().flat_map(|subsystem| &subsystem.namespaces);
-        let nguid = namespaces.into_iter().find(|n| *n.nsid.get_ref() == nsid).map(|n| n.nguid.get_ref().clone());
-        let to = config.file.migration.to.get_ref().clone();
-        let nguid = nguid.unwrap_or_default();
-        let entry = MigrationEntry { from: from.clone(), to, nsid, nguid, begun_s: now, ended: None };
-        let keeper = Self { store, ticket: Ticket::default(), entry };
+        let keeper = Self { store, ticket: Ticket::default(), entry: MigrationEntry { begun_s: now, ended: None, ..entry } };
         if let Some(store) = &keeper.store {
             inventory(config, now).into_iter().for_each(|namespace| store.see(namespace));
             store.write(&keeper.ticket, keeper.entry.clone());
@@ -44,11 +48,30 @@ impl Keeper {
 
     /// Notes how it ended, and waits a few seconds at most until that is durable.
     pub fn end(mut self, report: &Report, summary: &Summary) {
-        self.entry.ended = Some(ending(report, summary, unix_seconds()));
+        self.ended(ending(report, &summary.outcome, Some(summary.verdict == Verdict::Ok)));
+    }
+
+    /// Notes how it ended, in words, without a verdict; another thread waits until that is durable, a few seconds at most.
+    pub fn end_beside(mut self, report: &Report, outcome: &str) -> Option<JoinHandle<()>> {
+        self.ended(ending(report, outcome, None));
+        // Without a thread it is waited for here.
+        std::thread::Builder::new().name("dray-history".into()).spawn(move || drop(self)).ok()
+    }
+
+    fn ended(&mut self, ending: Ending) {
+        self.entry.ended = Some(ending);
         if let Some(store) = &self.store {
             store.write(&self.ticket, self.entry.clone());
         }
     }
+}
+
+/// The NGUID of a namespace of the configuration, as that writes it.
+#[must_use]
+pub fn nguid(config: &Config, subsystem: &str, nsid: u32) -> String {
+    let namespaces = config.subsystem(subsystem).into_iter().flat_map(|subsystem| &subsystem.namespaces);
+    let found = namespaces.into_iter().find(|n| *n.nsid.get_ref() == nsid);
+    found.map(|n| n.nguid.get_ref().clone()).unwrap_or_default()
 }
 
 impl Drop for Keeper {
@@ -66,18 +89,20 @@ impl Drop for Keeper {
     }
 }
 
-fn ending(report: &Report, summary: &Summary, at_s: i64) -> Ending {
-    let named = |role: &str, policy: &Policy| (role.to_owned(), policy.component.clone(), policy.sha256.clone());
-    let policies = &summary.policy;
+fn ending(report: &Report, outcome: &str, verdict_ok: Option<bool>) -> Ending {
+    let named = |(role, policy): &(&'static str, PolicyReport)| {
+        let identity = &policy.identity;
+        ((*role).to_owned(), identity.component.clone(), identity.sha256.clone())
+    };
     Ending {
-        at_s,
-        outcome: summary.outcome.clone(),
-        verdict_ok: summary.verdict == Verdict::Ok,
-        rounds: u32::try_from(summary.rounds.len()).unwrap_or(u32::MAX),
+        at_s: unix_seconds(),
+        outcome: outcome.to_owned(),
+        verdict_ok,
+        rounds: u32::try_from(report.rounds.count()).unwrap_or(u32::MAX),
         bytes: report.copied_bytes,
         duration_us: report.duration_us,
         downtime_us: report.downtime_us,
-        policies: vec![named("cdq", &policies.cdq), named("tracking", &policies.tracking), named("copy", &policies.copy)],
+        policies: report.policies.iter().map(named).collect(),
     }
 }
 

@@ -12,7 +12,7 @@
 //!   [`MigrationHooks`](crate::hooks::MigrationHooks);
 //! - [`counters`]: what happened, refusals above all.
 //!
-//! Not here: INTx (interrupts are MSI-X), ioeventfds (doorbells are mapped), DMA by message (a window without a
+//! Not here: MSI (interrupts are MSI-X, or the pin's), ioeventfds (doorbells are mapped), DMA by message (a window without a
 //! descriptor is kept, and not usable), the second socket for commands of the server (there are none), a dirty bitmap with
 //! DMA_UNMAP (gone from the protocol).
 

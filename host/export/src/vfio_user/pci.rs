@@ -22,6 +22,7 @@ mod at {
     pub(super) const SUBSYSTEM: usize = 0x2c;
     pub(super) const CAPABILITIES: usize = 0x34;
     pub(super) const INTERRUPT_LINE: usize = 0x3c;
+    pub(super) const INTERRUPT_PIN: usize = 0x3d;
     pub(super) const PM: usize = 0x40;
     pub(super) const PCIE: usize = 0x50;
     pub(super) const MSIX: usize = 0x90;
@@ -33,6 +34,12 @@ mod at {
 const CLASS: u32 = 0x01_08_02;
 /// Initiate Function Level Reset, in the high byte of Device Control.
 const INITIATE_FLR: u8 = 0x80;
+/// Interrupt Disable, in the high byte of Command.
+const INTERRUPT_DISABLE: u8 = 0x04;
+/// Interrupt Status, in the low byte of Status.
+const INTERRUPT_STATUS: u8 = 0x08;
+/// MSI-X Enable, in the high byte of Message Control.
+const MSIX_ENABLE: u8 = 0x80;
 
 /// PCI identifiers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +100,8 @@ impl ConfigSpace {
         space.put(at::SUBSYSTEM + 2, &ids.subsystem.to_le_bytes());
         space.put(at::CAPABILITIES, &[at::PM as u8]);
         space.allow(at::INTERRUPT_LINE, &[0xff]);
+        // INTA#.
+        space.put(at::INTERRUPT_PIN, &[1]);
         space.capabilities(vectors);
         space.initial = space.bytes;
         space
@@ -138,11 +147,19 @@ impl ConfigSpace {
         self.allow(at, &(!(bytes - 1) as u32).to_le_bytes());
     }
 
-    /// Copies a range out, which lies within [`CONFIG_BYTES`].
-    pub(crate) fn read(&self, offset: usize, into: &mut [u8]) {
-        for (i, byte) in into.iter_mut().enumerate() {
-            *byte = self.bytes.get(offset + i).copied().unwrap_or(0);
+    /// Copies a range out, which lies within [`CONFIG_BYTES`]; `asserted` is the level of the interrupt pin.
+    pub(crate) fn read(&self, offset: usize, into: &mut [u8], asserted: bool) {
+        for (at, byte) in (offset..).zip(into) {
+            *byte = self.bytes.get(at).copied().unwrap_or(0);
+            if at == at::STATUS && asserted {
+                *byte |= INTERRUPT_STATUS;
+            }
         }
+    }
+
+    /// Whether the function may use its pin (PCIe 6.0 §7.5.1.1.3, §7.7.2.2).
+    pub(crate) fn allows_pin(&self) -> bool {
+        self.bytes[at::COMMAND + 1] & INTERRUPT_DISABLE == 0 && self.bytes[at::MSIX + 3] & MSIX_ENABLE == 0
     }
 
     /// Writes a range, which lies within [`CONFIG_BYTES`]; bits that cannot be written stay.
@@ -187,7 +204,7 @@ mod tests {
 
     fn word(space: &ConfigSpace, at: usize) -> u32 {
         let mut bytes = [0; 4];
-        space.read(at, &mut bytes);
+        space.read(at, &mut bytes, false);
         u32::from_le_bytes(bytes)
     }
 
@@ -225,6 +242,21 @@ mod tests {
             assert_eq!(word(&space, at), kept, "{at:#x}");
         }
         assert_eq!(word(&space, 0x30), 0, "no expansion ROM");
+    }
+
+    #[test]
+    fn the_pin_is_off_while_msix_is_on_or_interrupts_are_disabled() {
+        let mut space = ConfigSpace::new(PciIds::default(), 5);
+        assert!(space.allows_pin() && word(&space, at::INTERRUPT_LINE) >> 8 == 1, "INTA#");
+        for (at, on) in [(at::COMMAND + 1, INTERRUPT_DISABLE), (at::MSIX + 3, MSIX_ENABLE)] {
+            let _none = space.write(at, &[on]);
+            assert!(!space.allows_pin(), "{at:#x}");
+            let _none = space.write(at, &[0]);
+            assert!(space.allows_pin());
+        }
+        let mut status = [0; 2];
+        space.read(at::STATUS, &mut status, true);
+        assert_eq!(status, [0x18, 0]);
     }
 
     #[test]

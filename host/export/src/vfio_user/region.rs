@@ -43,7 +43,14 @@ impl Regions {
         let mut regions =
             Self { slot, function, config: ConfigSpace::new(ids, vectors), table: Vec::new(), vectors, bar0 };
         regions.clear_table();
+        regions.slot.pin().ignore_vector_masks(bar0 == Bar0Map::Whole);
+        regions.settle_pin();
         regions
+    }
+
+    /// Configuration space has changed: says whether the pin may be used.
+    fn settle_pin(&self) {
+        self.slot.pin().allow(self.config.allows_pin());
     }
 
     /// Every vector masked, as after a reset.
@@ -61,6 +68,7 @@ impl Regions {
     pub(crate) fn reset(&mut self) -> io::Result<()> {
         self.function.reset()?;
         self.config.reset();
+        self.settle_pin();
         self.clear_table();
         self.slot.forget_pending();
         Ok(())
@@ -146,7 +154,7 @@ impl Regions {
             region::BAR0 => self.read_registers(at, into),
             region::BAR4 => (at..).zip(into).for_each(|(at, byte)| *byte = self.table.get(at).copied().unwrap_or(0)),
             region::BAR5 => (at..).zip(into).for_each(|(at, byte)| *byte = self.pending_bits(at)),
-            _ => self.config.read(at, into),
+            _ => self.config.read(at, into, self.slot.pin().is_asserted()),
         }
         Ok(())
     }
@@ -191,7 +199,11 @@ impl Regions {
                 }
             }
             region::BAR5 => {}
-            _ => return Ok(self.config.write(at, from)),
+            _ => {
+                let effect = self.config.write(at, from);
+                self.settle_pin();
+                return Ok(effect);
+            }
         }
         Ok(Effect::None)
     }
@@ -214,6 +226,7 @@ impl Regions {
         let (config, rest) = saved.split_at(256);
         if let Some((bar, table)) = rest.split_first_chunk::<SAVED_BYTES>() {
             self.config.restore(config);
+            self.settle_pin();
             self.slot.bar().restore(bar);
             self.table.copy_from_slice(table);
         }

@@ -47,7 +47,8 @@ pub enum Bar0Map {
     /// The page of doorbells, as one sparse area: they are polled, and registers are trapped.
     #[default]
     Doorbells,
-    /// All of it, registers included: for clients that insist. A fall of CC.EN that is followed by a rise at once is not seen.
+    /// All of it, registers included: for clients that insist. A fall of CC.EN that is followed by a rise without a look at
+    /// CSTS.RDY is not seen, and INTMS masks nothing.
     Whole,
     /// Nothing: every doorbell is a message, and the controller offers shadow doorbells.
     None,
@@ -485,7 +486,7 @@ impl VfioUserServer {
                 self.interrupts.set(&set, bools, &mut request.fds)?;
                 Ok(Outcome::empty())
             }
-            command::REGION_READ => self.region_read(payload),
+            command::REGION_READ => self.region_read(payload, client.max_data_xfer_size),
             command::REGION_WRITE => self.region_write(payload, now),
             command::REGION_WRITE_MULTI if client.write_multiple => self.write_multiple(payload, now),
             command::RESET => self.begin_reset(Vec::new(), now),
@@ -543,12 +544,13 @@ impl VfioUserServer {
         Ok(Outcome::Reply(reply, None))
     }
 
-    fn region_read(&mut self, payload: &[u8]) -> Result<Outcome, u32> {
+    /// REGION_READ; `most` is what the client takes.
+    fn region_read(&mut self, payload: &[u8], most: u32) -> Result<Outcome, u32> {
         let (access, _) = RegionAccess::take(payload).ok_or(errno::EINVAL)?;
         if access.count == 0 {
             return Ok(Outcome::empty());
         }
-        if access.count > self.config.max_data_bytes {
+        if access.count > self.config.max_data_bytes.min(most) {
             return Err(errno::EINVAL);
         }
         let mut reply = access.as_bytes().to_vec();
@@ -634,7 +636,7 @@ impl Poll for VfioUserServer {
         if self.slot.is_gone() {
             self.interrupts.report_gone();
         }
-        let mut work = u32::from(self.advance(now));
+        let mut work = u32::from(self.advance(now)) + u32::from(self.interrupts.look(now));
         if self.connection.is_some() && now >= self.next_look {
             self.next_look = now.after_us(MEMORY_LOOK_US);
             if self.windows.is_broken() {
@@ -659,5 +661,6 @@ impl Poll for VfioUserServer {
         if let Some(waker) = self.connection.as_ref().filter(listening).and_then(Connection::waker) {
             visit(waker);
         }
+        self.interrupts.wakers().for_each(visit);
     }
 }

@@ -6,4 +6,5 @@ mod life;
 mod malformed;
 mod memory;
 mod migration;
+mod pin;
 mod rig;

@@ -1,5 +1,6 @@
 //! `dray device identify`: everything that one controller says of itself.
 
+use super::follow::Followed;
 use super::page::Page;
 use super::session::{Answer, Session};
 use super::{Device, controller, devices, feature, log, namespace, print, registers, start};
@@ -27,12 +28,17 @@ pub(in super::super) fn run(config: &Path, device: &str, as_json: bool) -> miett
     if let Some(path) = device.strip_prefix(VFIO_USER) {
         return behind_socket(device, Path::new(path), as_json);
     }
-    let config = Config::read(config)?;
-    let found = devices(&config).find(|d| d.name() == device).ok_or_else(|| {
-        let names: Vec<_> = devices(&config).map(|d| d.name()).collect();
+    let followed = Followed::read(config)?;
+    let config = &followed.config;
+    let found = devices(config).find(|d| d.name() == device).ok_or_else(|| {
+        let names: Vec<_> = devices(config).map(|d| d.name()).collect();
         miette!(help = "`dray device list` says more about each", "no device \"{device}\"; there are: {}", names.join(", "))
     })?;
-    let page = whole(&config, found)?;
+    if let Some(other) = followed.elsewhere(&found) {
+        let name = found.name();
+        return Err(miette!(help = "`dray history` says when", "the namespaces of {name} were moved: \"{other}\" serves them"));
+    }
+    let page = whole(config, found)?;
     show(&page, &found.name(), found.role(), &found.subsystem.nqn, as_json)
 }
 

@@ -1,5 +1,6 @@
 //! `dray device list`: controllers and namespaces at a glance.
 
+use super::follow::Followed;
 use super::identify::ask;
 use super::page::hex;
 use super::session::Session;
@@ -22,17 +23,23 @@ struct Listed<'a> {
     namespaces: Vec<(u32, Box<IdentifyNamespace>)>,
     /// The management controller that moves it.
     mover: Option<String>,
+    /// The subsystem that its namespaces were moved to, which serves them.
+    moved_to: Option<String>,
 }
 
 /// Lists all controllers and namespaces of the configuration.
 pub(in super::super) fn run(config: &Path, as_json: bool) -> miette::Result<ExitCode> {
-    let config = Config::read(config)?;
-    let listed = gather(&config)?;
+    let followed = Followed::read(config)?;
+    let config = &followed.config;
+    let mut listed = gather(config)?;
+    for one in &mut listed {
+        one.moved_to = followed.elsewhere(&one.device).map(str::to_owned);
+    }
     if as_json {
-        let all: Vec<_> = listed.iter().map(|one| one.to_json(&config)).collect();
+        let all: Vec<_> = listed.iter().map(|one| one.to_json(config)).collect();
         print(&format!("{:#}\n", json!({ "devices": all })))?;
     } else {
-        print(&text(&config, &listed))?;
+        print(&text(config, &listed))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -68,7 +75,7 @@ fn look<'a>(session: &mut Session<'_>, device: Device<'a>) -> miette::Result<Lis
         let namespace = IdentifyNamespace::read_from_bytes(&answer.data).unwrap_or_default();
         namespaces.push((nsid, Box::new(namespace)));
     }
-    Ok(Listed { device, id: Box::new(id), namespaces, mover: None })
+    Ok(Listed { device, id: Box::new(id), namespaces, mover: None, moved_to: None })
 }
 
 /// Bytes of a namespace; 0 when its format is unused.
@@ -91,6 +98,9 @@ fn configured(subsystem: &config::Subsystem, nsid: u32) -> Option<&config::Names
 impl Listed<'_> {
     /// Whether the controller takes part in host managed live migration, in words.
     fn migration(&self) -> String {
+        if let Some(other) = &self.moved_to {
+            return format!("moved: {other} serves");
+        }
         match (&self.mover, self.id.oacs.hmlms()) {
             (Some(mover), _) => format!("can be moved by {mover}"),
             (None, false) => "no".into(),
@@ -120,6 +130,7 @@ impl Listed<'_> {
                 "tracks_user_data": self.id.trattr.tudcs(),
                 "tracks_host_memory": self.id.trattr.thmcs(),
                 "moved_by": self.mover,
+                "moved_to": self.moved_to,
             },
         })
     }

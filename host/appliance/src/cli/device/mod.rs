@@ -2,11 +2,13 @@
 //! own driver what they are.
 //!
 //! Looking changes nothing: the file of a namespace that is not there yet is not made; such a namespace has its size and no
-//! blocks ([`absent`]).
+//! blocks ([`absent`]). What is opened is what the durable records say serves ([`follow`]), and never what a running appliance
+//! has open.
 
 mod absent;
 mod controller;
 mod feature;
+mod follow;
 mod identify;
 mod list;
 mod log;
