@@ -122,6 +122,8 @@ enum Work {
     Quiet(Time),
     /// Arcs of the migration states.
     Arcs,
+    /// The log of written pages.
+    Log,
     /// The end of the migration stream: so many bytes are wanted.
     Stream(u32),
 }
@@ -322,6 +324,10 @@ impl VfioUserServer {
             },
             Work::Quiet(until) => (self.regions.is_quiet() || now >= *until).then_some(Ok(())),
             Work::Arcs => self.migration.poll(&mut *self.hooks, &mut self.regions, now),
+            Work::Log => {
+                let reply = self.migration.poll_log(&mut *self.hooks, now);
+                reply.map(|reply| reply.map(|reply| pending.payload = reply))
+            }
             Work::Stream(size) => match self.migration.read(*size as usize, &mut *self.hooks, &self.regions) {
                 Ok(None) if pending.header.is_some() => None,
                 Ok(data) => {
@@ -494,6 +500,7 @@ impl VfioUserServer {
                 match self.migration.feature(payload, max, &mut *self.hooks, &mut self.regions, now)? {
                     Answer::Reply(reply) => Ok(Outcome::Reply(reply, None)),
                     Answer::Later(reply) => Ok(Outcome::Later(reply, Work::Arcs)),
+                    Answer::Log => Ok(Outcome::Later(Vec::new(), Work::Log)),
                 }
             }
             command::MIG_DATA_READ => {
