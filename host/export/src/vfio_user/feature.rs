@@ -56,6 +56,8 @@ pub(crate) struct Migration {
     incoming: Vec<u8>,
     logging: bool,
     log: Option<LogStep>,
+    /// The log of a client that has left is being ended.
+    log_ends: bool,
 }
 
 /// What hooks do about the log.
@@ -102,6 +104,7 @@ impl Migration {
             incoming: Vec::new(),
             logging: false,
             log: None,
+            log_ends: false,
         }
     }
 
@@ -373,6 +376,12 @@ impl Migration {
         Ok(())
     }
 
+    /// Goes on with the end of a log that nobody waits for; whether it is not over.
+    pub(crate) fn tend_log(&mut self, hooks: &mut dyn MigrationHooks, now: Time) -> bool {
+        self.log_ends = self.log_ends && hooks.poll_log(now) == HookState::Working;
+        self.log_ends
+    }
+
     /// The function is to be reset: the device goes back to RUNNING from wherever it is. Returns whether hooks work on that.
     pub(crate) fn begin_reset(&mut self, hooks: &mut dyn MigrationHooks, now: Time) -> bool {
         self.forget_stream();
@@ -385,7 +394,7 @@ impl Migration {
     /// The client has gone: what only it could go on with ends. Returns whether hooks work on that.
     pub(crate) fn client_left(&mut self, hooks: &mut dyn MigrationHooks, now: Time) -> bool {
         if std::mem::take(&mut self.logging) {
-            let _ended = hooks.stop_logging();
+            self.log_ends = hooks.stop_logging().is_ok();
         }
         self.log = None;
         self.incoming = Vec::new();

@@ -642,6 +642,7 @@ impl Poll for VfioUserServer {
             self.interrupts.report_gone();
         }
         let mut work = u32::from(self.advance(now));
+        let tends = self.migration.tend_log(&mut *self.hooks, now);
         if self.connection.is_some() && now >= self.next_look {
             self.next_look = now.after_us(MEMORY_LOOK_US);
             if self.windows.is_broken() {
@@ -654,7 +655,7 @@ impl Poll for VfioUserServer {
         let blocked = alive && self.connection.as_ref().is_some_and(Connection::is_sending);
         match () {
             () if work > 0 => Progress::busy(work),
-            () if self.pending.is_some() || !self.leaving.is_empty() => Progress::idle_until(now.after_us(LOOK_AGAIN_US)),
+            () if tends || self.pending.is_some() || !self.leaving.is_empty() => Progress::idle_until(now.after_us(LOOK_AGAIN_US)),
             () if blocked => Progress::idle_until(now.after_us(BLOCKED_US)),
             () => Progress { work: 0, next: Next::OnWake },
         }
