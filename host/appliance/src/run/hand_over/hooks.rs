@@ -60,7 +60,7 @@ pub(in crate::run) struct Driven {
 }
 
 fn lost() -> HookError {
-    HookError::Failed("the appliance is ending".to_owned())
+    HookError::Busy("the appliance is stopping".to_owned())
 }
 
 /// The outcome of a migration as the error of a step that waited for another one.
@@ -126,8 +126,8 @@ impl Driven {
                     self.manager = Held::No;
                     return Some(Err(error));
                 }
-                Err(TryRecvError::Empty) => return None,
-                Err(TryRecvError::Disconnected) => {
+                Err(TryRecvError::Empty) if !self.board.is_stopping() => return None,
+                Err(_) => {
                     self.manager = Held::No;
                     return Some(Err(lost()));
                 }
@@ -197,8 +197,9 @@ impl Driven {
                         None
                     }
                     Ok(Err(error)) => Some(Err(error)),
-                    Err(TryRecvError::Empty) => None,
-                    Err(TryRecvError::Disconnected) => Some(Err(lost())),
+                    // An appliance that stops sets nothing up any more.
+                    Err(TryRecvError::Empty) if !self.board.is_stopping() => None,
+                    Err(_) => Some(Err(lost())),
                 }
             }
             Step::Opening => match self.stage()? {
@@ -390,14 +391,13 @@ impl MigrationHooks for Driven {
 
     fn prepare(&mut self, _now: Time) -> Result<(), HookError> {
         self.is_open()?;
-        let busy = |why: &str| Err(HookError::Busy(why.to_owned()));
-        match &self.session {
-            _ if self.serves() => busy("this end serves"),
-            Some(session) if session.from == self.end && !matches!(self.stage(), Some(Stage::Ended(_))) => {
-                busy("a migration away from here is not over")
-            }
-            _ => Ok(()),
+        if self.serves() {
+            return Err(HookError::Busy("this end serves".to_owned()));
         }
+        // What it has stopped was moved away: the migration's hold is what keeps it now, and goes when this end serves again.
+        self.session = None;
+        self.release();
+        Ok(())
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), HookError> {
