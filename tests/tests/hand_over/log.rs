@@ -147,7 +147,8 @@ fn the_log_has_the_pages_that_the_controller_wrote_and_no_others() {
             go(&end, state::STOP);
         }
         let told = logged(&end, &space);
-        let changed: Vec<u64> = before.iter().zip(pages(&space)).filter(|(old, new)| old.1 != new.1).map(|(old, _)| old.0).collect();
+        let changed: Vec<u64> =
+            before.iter().zip(pages(&space)).filter(|(old, new)| old.1 != new.1).map(|(old, _)| old.0).collect();
         // The processor wrote some of what has changed: commands. The machine's own memory only the controller writes.
         let own = machine.iova..machine.iova + machine.memory.len() as u64;
         let (data, queues): (Vec<u64>, Vec<u64>) = told.iter().partition(|at| own.contains(at));
@@ -155,12 +156,19 @@ fn the_log_has_the_pages_that_the_controller_wrote_and_no_others() {
         assert_eq!(data, shadow, "turn {turn}");
         assert_eq!(data, wanted.into_iter().collect::<Vec<_>>(), "turn {turn}");
         // Completion queues, and the page of an admin command's data: each has changed, and the submission queues are not told.
-        assert!(!queues.is_empty() && queues.iter().all(|at| changed.contains(at) || turn % 2 == 1), "turn {turn}: {queues:x?} {changed:x?}");
+        assert!(
+            !queues.is_empty() && queues.iter().all(|at| changed.contains(at) || turn % 2 == 1),
+            "turn {turn}: {queues:x?} {changed:x?}"
+        );
         assert!(changed.len() > shadow.len() + queues.len().min(1), "the shadow saw submission queues too");
         assert_eq!(logged(&end, &space), [0; 0], "told once");
     }
     assert_eq!(refusal(end.logging_start(4096, &[])), errno::EBUSY, "it is on");
     go(&end, state::RUNNING);
+    // In more pieces than one report of the controller has room for.
+    (0..300).for_each(|page| machine.read(5, 2 * page));
+    let bits = end.logging_report(machine.iova, 4 << 20, 4096).expect("a report");
+    assert!((0..1024).all(|page| (bits[page / 8] >> (page % 8) & 1 == 1) == (page % 2 == 0 && page < 600)));
     end.logging_stop().expect("off");
     // Ranges, larger pages, and memory that is mapped later.
     let ranges = [LogRange { iova: machine.iova, length: 2 << 20 }];

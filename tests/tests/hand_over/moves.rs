@@ -38,7 +38,10 @@ fn a_guest_goes_there_and_back_with_its_memory_and_its_queues() {
     vm.unpause();
     vm.goes_on(300);
     let status = place.settled();
-    assert_eq!((&status["migration"]["serving"], &status["migrations"]["ended"][0]["outcome"]), (&"destination".into(), &"moved".into()));
+    assert_eq!(
+        (&status["migration"]["serving"], &status["migrations"]["ended"][0]["outcome"]),
+        (&"destination".into(), &"moved".into())
+    );
     assert_eq!(status["subsystems"][0]["controllers"][1]["fenced"], true);
     assert_eq!(status["subsystems"][1]["controllers"][1]["fenced"], false);
     // The source has nothing more to say.
@@ -101,7 +104,8 @@ fn a_manager_that_changes_its_mind_has_its_guest_where_it_was() {
     go(&source, state::RUNNING);
     vm.goes_on(50);
     // In STOP_COPY, by way of STOP and by way of PRE_COPY, with the state in its hands or even at the destination.
-    for (way, taken) in [(None, false), (Some(state::PRE_COPY), false), (Some(state::PRE_COPY), true), (Some(state::STOP), true)] {
+    for (way, taken) in [(None, false), (Some(state::PRE_COPY), false), (Some(state::PRE_COPY), true), (Some(state::STOP), true)]
+    {
         if let Some(way) = way {
             go(&source, way);
         }
@@ -144,6 +148,21 @@ fn a_manager_that_changes_its_mind_has_its_guest_where_it_was() {
     place.verify("source");
 }
 
+/// A stream with a byte changed, and its checksum (CRC-32C of what follows the head of 24 bytes) made good again.
+fn forged(stream: &[u8], at: usize) -> Vec<u8> {
+    let mut stream = stream.to_vec();
+    stream[at] ^= 1;
+    let mut crc = !0_u32;
+    for byte in &stream[24..] {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = crc >> 1 ^ if crc & 1 == 1 { 0x82f6_3b78 } else { 0 };
+        }
+    }
+    stream[12..16].copy_from_slice(&(!crc).to_le_bytes());
+    stream
+}
+
 #[test]
 fn only_the_state_that_was_told_is_taken_and_only_with_it_the_destination_runs() {
     let place = Place::new("blobs");
@@ -180,6 +199,10 @@ fn only_the_state_that_was_told_is_taken_and_only_with_it_the_destination_runs()
         let mut changed = carried.clone();
         changed[at] ^= 4;
         bad.push((changed, "changed"));
+    }
+    // Whole by its checksum, and yet not what was told: number, token, length, the controller's state.
+    for at in [56, 64, 79, 80, 88, 90, 120, 200] {
+        bad.push((forged(&carried, at), "forged"));
     }
     for (bytes, what) in bad {
         bring(&destination, &bytes, 1_000);
@@ -245,7 +268,10 @@ fn a_manager_that_dies_leaves_a_guest_that_runs_or_waits() {
     drop(destination);
     go(&next, state::RUNNING);
     let ended = place.settled();
-    assert_eq!((&ended["migration"]["serving"], &ended["migrations"]["ended"][1]["outcome"]), (&"source".into(), &"undone".into()));
+    assert_eq!(
+        (&ended["migration"]["serving"], &ended["migrations"]["ended"][1]["outcome"]),
+        (&"source".into(), &"undone".into())
+    );
     drop(next);
     let vm = Vm::boot(&place, "source");
     vm.goes_on(20);
@@ -299,10 +325,15 @@ fn others_wait_while_a_client_migrates_and_the_operator_can_end_it() {
 
 #[test]
 fn killed_anywhere_it_serves_at_one_end_and_has_lost_nothing() {
-    for (turn, (at, serving)) in
-        [("copying", "source"), ("stopped", "source"), ("told", "destination"), ("taken", "destination"), ("running", "destination")]
-            .into_iter()
-            .enumerate()
+    for (turn, (at, serving)) in [
+        ("copying", "source"),
+        ("stopped", "source"),
+        ("told", "destination"),
+        ("taken", "destination"),
+        ("running", "destination"),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let place = Place::new(&format!("killed-{turn}"));
         let running = place.start();

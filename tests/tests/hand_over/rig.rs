@@ -235,7 +235,8 @@ impl Vm {
         };
         let function: Arc<dyn Function> = Arc::clone(&bridge) as Arc<dyn Function>;
         let driver = Driver::new(function, DriverConfig::default()).expect("a driver");
-        let (mut guest, handle) = Guest::new(driver, GuestConfig::default(), Arc::new(ledger.expect("a ledger"))).expect("a guest");
+        let (mut guest, handle) =
+            Guest::new(driver, GuestConfig::default(), Arc::new(ledger.expect("a ledger"))).expect("a guest");
         let (paused, parked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let (of, wait, says) = (handle.clone(), Arc::clone(&paused), Arc::clone(&parked));
         let thread = std::thread::spawn(move || {
@@ -304,7 +305,12 @@ impl Vm {
         self.goes_on(20);
         self.handle.stop();
         self.thread.take().expect("a thread").join().expect("no panic");
-        assert!(self.handle.is_over() && self.handle.stats().is_ok(), "{:?} {:?}", self.handle.first_error(), self.handle.stats());
+        assert!(
+            self.handle.is_over() && self.handle.stats().is_ok(),
+            "{:?} {:?}",
+            self.handle.first_error(),
+            self.handle.stats()
+        );
         assert_eq!(self.handle.counters().surprises, 0, "it saw nothing but its own reset");
     }
 
@@ -365,4 +371,3 @@ pub fn carry(vm: &Vm, piece: u32) -> Vec<u8> {
     go(&vm.end(), state::STOP_COPY);
     stream(&vm.end(), piece)
 }
-

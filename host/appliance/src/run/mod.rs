@@ -7,7 +7,8 @@
 //!
 //! Threads: the polling core ([`core`](self::core)) has the subsystems, the exports, the migration and lent queues; the control
 //! socket has its own ([`crate::control`]); jobs and policies have theirs. The main thread, here, only decides: it hears what
-//! the control socket is asked for, begins and ends migrations, and stops it all. At a stop, a migration that runs is cancelled,
+//! the control socket is asked for, and what clients that migrate themselves need ([`hand_over`]), begins and ends migrations, and
+//! stops it all. At a stop, a migration that runs is cancelled,
 //! exports take nobody in any more, controllers fetch nothing more, what is under way ends and is answered, clients are
 //! disconnected.
 
@@ -35,9 +36,9 @@ use crate::policies::{self, PolicyHost, Seats};
 use crate::recovery::{Records, StateLock};
 use dray_device::slot::Slot;
 use dray_device::socket::UnixSocket;
-use exports::Exports;
 use dray_export::hooks::{MigrationHooks, NoMigration};
 use dray_migration::Owner;
+use exports::Exports;
 use fronts::{Fronts, Pair};
 use hand_over::desk::Desk;
 use hand_over::{Board as HandOverBoard, Driven, Gate};

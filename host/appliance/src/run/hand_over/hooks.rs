@@ -26,17 +26,27 @@ enum Held {
 enum Step {
     Nothing,
     /// The main thread sets a migration up; at once to be paused if the device is stopped already.
-    Beginning { answer: Receiver<Result<Arc<Session>, HookError>>, pause: bool },
+    Beginning {
+        answer: Receiver<Result<Arc<Session>, HookError>>,
+        pause: bool,
+    },
     /// Until every change is tracked.
     Opening,
     /// Until the controller is drained; it was stopped before.
-    Pausing { stopped: bool },
+    Pausing {
+        stopped: bool,
+    },
     /// Suspend.
     Stopping(Option<Command>),
     /// Until the migration is undone.
-    GivingBack { reset: bool },
+    GivingBack {
+        reset: bool,
+    },
     /// Resume. A reset goes on even if that fails, since it ends a suspension by itself.
-    Resuming { resume: Option<Command>, reset: bool },
+    Resuming {
+        resume: Option<Command>,
+        reset: bool,
+    },
     /// Until the destination has the state.
     Taking,
     /// Until the destination runs.

@@ -61,7 +61,8 @@ impl Log {
     /// # Errors
     /// [`HookError`]: the memory is in too many pieces.
     pub(super) fn start(&mut self, mapped: &[Range], wanted: &[Range]) -> Result<(), HookError> {
-        let pages = PageLog::new(mapped, wanted).ok_or_else(|| HookError::Failed("the memory is in too many pieces".to_owned()))?;
+        let pages =
+            PageLog::new(mapped, wanted).ok_or_else(|| HookError::Failed("the memory is in too many pieces".to_owned()))?;
         self.pages = Some(pages);
         // A log that was ended while the controller was suspended is tracked still.
         self.jobs.extend([Job::Stop, Job::Start]);
@@ -105,7 +106,9 @@ impl Log {
                     Err(error) => return self.failed(error),
                 }
             }
-            let Some(answer) = self.command.as_mut().and_then(|command| command.poll(now, mmc)) else { return HookState::Working };
+            let Some(answer) = self.command.as_mut().and_then(|command| command.poll(now, mmc)) else {
+                return HookState::Working;
+            };
             self.command = None;
             self.jobs.pop_front();
             if let Err(error) = self.answered(job, answer, mmc) {
@@ -145,7 +148,8 @@ impl Log {
                     self.generation = Some(mmc.generation());
                     return Ok(None);
                 }
-                let header = TrackMemoryHeader { ver: TRACK_VERSION, rnmrtd: ranges.len() as u32, ..TrackMemoryHeader::default() };
+                let header =
+                    TrackMemoryHeader { ver: TRACK_VERSION, rnmrtd: ranges.len() as u32, ..TrackMemoryHeader::default() };
                 let data = [header.as_bytes(), ranges.as_bytes()].concat();
                 Ok(Some(Command::new(SubmissionEntry::track_send_memory(true, cntlid), Data::Out(data))))
             }
@@ -172,7 +176,9 @@ impl Log {
             (Job::Start, Ok(answer)) if answer.status.is(Status::CONTROLLER_SUSPENDED) => {
                 return Err(HookError::Busy("the device is stopped: its writes can be logged when it runs".to_owned()));
             }
-            (Job::Start, answer) => return Err(HookError::Failed(answer.map_or_else(|why| why, |answer| answer.status.to_string()))),
+            (Job::Start, answer) => {
+                return Err(HookError::Failed(answer.map_or_else(|why| why, |answer| answer.status.to_string())));
+            }
             (Job::Collect(times), answer) => {
                 let more = answer.ok().filter(|_| well).and_then(|answer| self.take(&answer.data));
                 match more {

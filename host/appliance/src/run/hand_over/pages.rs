@@ -138,7 +138,9 @@ impl PageLog {
         }
         for &mapping in mapped {
             let Some((from, end)) = common((iova, told), mapping) else { continue };
-            let parts = if self.wanted.is_empty() { vec![(from, end)] } else {
+            let parts = if self.wanted.is_empty() {
+                vec![(from, end)]
+            } else {
                 self.wanted.iter().filter_map(|&range| common((from, end - from), range)).collect()
             };
             for (from, end) in parts {
