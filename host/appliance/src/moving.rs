@@ -14,6 +14,7 @@ use dray_migration::{
     CopyConfig, DriverMmc, EndId, FenceControl, Hooks, Ingredients, Limits, LocalDestination, LocalFeatures, Migration, MigrationConfig,
     Mmc, OnMediaError, Outcome, Owner, Policies, PolicySettings, ProgressView,
 };
+use dray_nvme::identify::IdentifyController;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -22,7 +23,7 @@ const PUBLISH_NS: u64 = 20_000_000;
 /// How long a management controller may take to come up.
 const MMC_PATIENCE_US: u64 = 10_000_000;
 /// Entries of the I/O queues that the media is copied through.
-const COPY_QUEUE: u16 = 128;
+pub const COPY_QUEUE: u16 = 128;
 /// Transfers at a time: enough to keep a disk busy in the last round, whose blocks lie apart.
 const TRANSFERS: usize = 64;
 
@@ -169,8 +170,7 @@ pub fn until<T>(
 pub fn ingredients(mmcs: [Driver; 2], clock: Clock, policies: Policies, hooks: Hooks) -> Result<Ingredients, MovingError> {
     let [from, to] = mmcs;
     let (from, to) = (ready_to_copy(from, clock)?, ready_to_copy(to, clock)?);
-    let oncs = to.0.identify().map(|identify| identify.oncs).unwrap_or_default();
-    let features = LocalFeatures { compare: oncs.compare(), write_uncorrectable: oncs.write_uncorrectable(), reads_zero: false };
+    let features = local_features(to.0.identify());
     let (source_space, destination_space) = (from.0.space().clone(), to.0.space().clone());
     Ok(Ingredients {
         source: Box::new(DriverMmc::new(from.0, COPY_QUEUE)),
@@ -181,6 +181,12 @@ pub fn ingredients(mmcs: [Driver; 2], clock: Clock, policies: Policies, hooks: H
         policies,
         hooks,
     })
+}
+
+/// What a destination can do, as its management controller says.
+pub fn local_features(identify: Option<&IdentifyController>) -> LocalFeatures {
+    let oncs = identify.map(|identify| identify.oncs).unwrap_or_default();
+    LocalFeatures { compare: oncs.compare(), write_uncorrectable: oncs.write_uncorrectable(), reads_zero: false }
 }
 
 /// The fences of the controllers that move: the source's and the destination's of each pair.

@@ -48,7 +48,8 @@ pub enum HookState {
 }
 
 /// What a migration does at the arcs of the states of VFIO (linux/vfio.h, `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`). A step is
-/// begun by its method, and is over when [`poll`](Self::poll) says so; one is under way at a time.
+/// begun by its method, and is over when [`poll`](Self::poll) says so; one is under way at a time. The log of written pages is
+/// apart from that: its steps are over when [`poll_log`](Self::poll_log) says so.
 pub trait MigrationHooks: Send {
     /// The ways of migration that there are, as bits of [`migration`]; 0 = none, and every migration request is refused.
     fn ways(&self) -> u64 {
@@ -62,11 +63,21 @@ pub trait MigrationHooks: Send {
     fn start_precopy(&mut self, now: Time) -> Result<(), HookError>;
 
     /// PRE_COPY → RUNNING: ends them without a hand-over. STOP → RUNNING: the controller goes on; at the destination only when
-    /// the media are complete. A reset comes through here as well, in whatever state the device is.
+    /// the media are complete.
     ///
     /// # Errors
     /// [`HookError`].
     fn resume(&mut self, now: Time) -> Result<(), HookError>;
+
+    /// The function is to be reset, in whatever state the device is: it ends in RUNNING. What was begun here and has not been
+    /// handed over yet is given up; what was brought here and does not run yet is forgotten. The function is reset in any case,
+    /// so whoever must not serve is kept from it by other means than these states.
+    ///
+    /// # Errors
+    /// [`HookError`]: there is nothing to wait for.
+    fn reset(&mut self, now: Time) -> Result<(), HookError> {
+        self.resume(now)
+    }
 
     /// → STOP: suspends and drains. With `hand_over`, → STOP_COPY: also the last round, the flush and the fence.
     ///
@@ -76,12 +87,22 @@ pub trait MigrationHooks: Send {
 
     /// The state of the controller, once STOP_COPY has been reached, the media are complete and the source is fenced; `None`
     /// before. The end of the migration stream is withheld as long.
-    fn state(&mut self) -> Option<Vec<u8>>;
-
-    /// RESUMING → STOP: checks the whole state, then takes it over.
     ///
     /// # Errors
-    /// [`HookError::Invalid`] when it does not fit: the device is as it was.
+    /// [`HookError`] when there will be none.
+    fn state(&mut self) -> Result<Option<Vec<u8>>, HookError>;
+
+    /// STOP → RESUMING: a state is going to be brought here, so the controller must not serve meanwhile.
+    ///
+    /// # Errors
+    /// [`HookError`].
+    fn prepare(&mut self, now: Time) -> Result<(), HookError>;
+
+    /// RESUMING → STOP: checks the whole state, then begins to take it over. The registers that belong to it are there only when
+    /// that is done.
+    ///
+    /// # Errors
+    /// [`HookError::Invalid`] when it does not fit: the device is as it was, as it is when the step fails so later.
     fn restore(&mut self, state: &[u8]) -> Result<(), HookError>;
 
     /// Goes on with what was begun; called again and again.
@@ -93,24 +114,34 @@ pub trait MigrationHooks: Send {
     }
 
     /// Begins to log writes to guest memory in `ranges` (I/O virtual address, bytes; none = everywhere) by pages of `page`
-    /// bytes, if it can; returns the page size really used.
+    /// bytes, if it can; returns the page size really used. What is written before the step is over may be missing.
     ///
     /// # Errors
     /// [`HookError`].
     fn start_logging(&mut self, ranges: &[(u64, u64)], page: u64) -> Result<u64, HookError>;
 
-    /// Sets the bit of every page of `page` bytes in `iova .. iova + len` that was written since the last report, and forgets
-    /// it: bit n%8 of byte n/8 of `into` is page n. `into` comes zeroed and is long enough.
+    /// Begins to ask the controller what it has written. When the step is over, everything that was written before it was begun
+    /// is in what [`report_logged`](Self::report_logged) says.
+    ///
+    /// # Errors
+    /// [`HookError`].
+    fn collect_logged(&mut self) -> Result<(), HookError>;
+
+    /// Sets the bit of every page of `page` bytes in `iova .. iova + len` that was written since the last report, as far as it
+    /// has been collected, and forgets it: bit n%8 of byte n/8 of `into` is page n. `into` comes zeroed and is long enough.
     ///
     /// # Errors
     /// [`HookError`].
     fn report_logged(&mut self, iova: u64, len: u64, page: u64, into: &mut [u8]) -> Result<(), HookError>;
 
-    /// Ends the log.
+    /// Begins to end the log.
     ///
     /// # Errors
     /// [`HookError`].
     fn stop_logging(&mut self) -> Result<(), HookError>;
+
+    /// Goes on with what was begun of the log; called again and again.
+    fn poll_log(&mut self, now: Time) -> HookState;
 }
 
 /// A device that is never migrated.
@@ -134,8 +165,12 @@ impl MigrationHooks for NoMigration {
         Err(HookError::Unsupported)
     }
 
-    fn state(&mut self) -> Option<Vec<u8>> {
-        None
+    fn state(&mut self) -> Result<Option<Vec<u8>>, HookError> {
+        Err(HookError::Unsupported)
+    }
+
+    fn prepare(&mut self, _now: Time) -> Result<(), HookError> {
+        Err(HookError::Unsupported)
     }
 
     fn restore(&mut self, _state: &[u8]) -> Result<(), HookError> {
@@ -150,11 +185,19 @@ impl MigrationHooks for NoMigration {
         Err(HookError::Unsupported)
     }
 
+    fn collect_logged(&mut self) -> Result<(), HookError> {
+        Err(HookError::Unsupported)
+    }
+
     fn report_logged(&mut self, _iova: u64, _len: u64, _page: u64, _into: &mut [u8]) -> Result<(), HookError> {
         Err(HookError::Unsupported)
     }
 
     fn stop_logging(&mut self) -> Result<(), HookError> {
         Err(HookError::Unsupported)
+    }
+
+    fn poll_log(&mut self, _now: Time) -> HookState {
+        HookState::Done
     }
 }

@@ -49,7 +49,7 @@ impl Checking {
             }
             let source = ask(parts.config.namespaces.iter().map(|pair| pair.0));
             let destination = match parts.way {
-                Way::Controller => ask(parts.config.namespaces.iter().map(|pair| pair.1)),
+                Way::Controller | Way::HandOver(_) => ask(parts.config.namespaces.iter().map(|pair| pair.1)),
                 // What the copy is, the exchange knows.
                 Way::Media(_) => Calls::default(),
             };

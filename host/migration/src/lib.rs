@@ -5,7 +5,8 @@
 //! policy into the dirty map ([`pump`], [`dirty`], [`media`]), copies what is dirty in rounds that the `tracking` and `copy`
 //! policies shape ([`copy`], [`extents`]), and switches over: suspend, last round, controller state, resume. From every state
 //! there is a way back that leaves the source serving. A media move ([`media_move`]) does the same for namespaces whose
-//! controllers stay before their guests, and exchanges the backing. What policies leave out, the host adds; what they let lie, it drains.
+//! controllers stay before their guests, and exchanges the backing. A hand-over ([`hand_over`]) leaves the guest's side of the
+//! switch-over to a VM manager. What policies leave out, the host adds; what they let lie, it drains.
 //!
 //! **The order that correctness rests on.** A block's dirty bit is cleared before its read is submitted, and nothing reads a
 //! range whose last copy has not ended. A change during the copy is reported by a later entry and dirties the block again, so
@@ -28,6 +29,7 @@ pub mod copy;
 pub mod destination;
 pub mod dirty;
 pub mod extents;
+pub mod hand_over;
 pub mod hooks;
 pub mod media;
 pub mod media_move;
@@ -54,6 +56,7 @@ pub use config::{Limits, MigrationConfig, PolicySettings};
 pub use copy::{CopyConfig, Engine, OnMediaError};
 pub use destination::{Destination, LocalDestination, LocalFeatures};
 pub use dirty::DirtyMap;
+pub use hand_over::HandOver;
 pub use hooks::{EndId, FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Journal, JournalError, Owner, Record, RecordPhase};
 pub use media::Media;
 pub use media_move::{BackingExchange, BackingQueue, BackingShelf, CopyGeometry, MediaIngredients};

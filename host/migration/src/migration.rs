@@ -5,6 +5,7 @@ use crate::config::MigrationConfig;
 use crate::copy::{CopySetupError, Engine, Uncorrectable};
 use crate::destination::Destination;
 use crate::extents::Extents;
+use crate::hand_over::{HandOver, Stage};
 use crate::hooks::Hooks;
 use crate::media::Media;
 use crate::media_move::{BackingExchange, MediaIngredients, Way};
@@ -84,6 +85,14 @@ impl Migration {
     pub fn media_move(config: MigrationConfig, with: MediaIngredients, now: Time) -> Result<Self, CopySetupError> {
         let (with, exchange) = with.split();
         Self::assemble(config, with, Way::Media(exchange), now)
+    }
+
+    /// A hand-over that begins at its first poll: see [`hand_over`](crate::hand_over). The slots of the hooks are never pointed.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn hand_over(config: MigrationConfig, with: Ingredients, hand_over: HandOver, now: Time) -> Result<Self, CopySetupError> {
+        Self::assemble(config, with, Way::HandOver(hand_over), now)
     }
 
     fn assemble(config: MigrationConfig, with: Ingredients, way: Way, now: Time) -> Result<Self, CopySetupError> {
@@ -193,7 +202,7 @@ impl Migration {
     #[must_use]
     pub fn exchange(&mut self) -> Option<&mut dyn BackingExchange> {
         match &mut self.parts.way {
-            Way::Controller => None,
+            Way::Controller | Way::HandOver(_) => None,
             Way::Media(exchange) => Some(exchange.as_mut()),
         }
     }
@@ -219,6 +228,13 @@ impl Migration {
         }
         if self.cancelled {
             return Some(Reason::Cancelled);
+        }
+        if self.parts.hand_over().is_some_and(HandOver::is_taken_back) {
+            return Some(Reason::TakenBack);
+        }
+        if matches!(&self.state, State::SwitchingOver(switch) if switch.is_told()) {
+            // The source has given all that it had, and is not asked for anything more: only the way back would need it.
+            return self.tend_destination(now);
         }
         if matches!(self.state, State::Checking(_)) {
             return None;
@@ -274,7 +290,12 @@ impl Migration {
         let parts = &mut self.parts;
         match turn {
             Turn::Stay => {}
-            Turn::Next(state) => self.state = state,
+            Turn::Next(state) => {
+                if let (State::Copying(_), Some(hand_over)) = (&state, parts.hand_over()) {
+                    hand_over.says(Stage::Copying);
+                }
+                self.state = state;
+            }
             Turn::Back(reason) => {
                 tracing::info!(migration = parts.config.id, %reason, "migration is undone");
                 self.state = State::Undoing(Box::new(Undoing::new(reason, None, parts, now)));
@@ -304,6 +325,9 @@ impl Migration {
     }
 
     fn end(&mut self, outcome: Outcome, now: Time) {
+        if let Some(hand_over) = self.parts.hand_over() {
+            hand_over.says(Stage::Ended(outcome.clone()));
+        }
         self.parts.report.outcome = outcome.clone();
         self.parts.fill_report(now);
         tracing::info!(migration = self.parts.config.id, ?outcome, "migration has ended");
@@ -338,10 +362,12 @@ impl Poll for Migration {
         match self.trouble(now) {
             Some(reason) => self.turn(Turn::Back(reason), now),
             None => {
-                if let State::Undoing(undoing) = &mut self.state
-                    && self.cancelled
-                {
-                    undoing.give_up(Reason::Cancelled);
+                if let State::Undoing(undoing) = &mut self.state {
+                    if self.cancelled {
+                        undoing.give_up(Reason::Cancelled);
+                    } else if self.parts.hand_over().is_some_and(HandOver::is_taken_back) {
+                        undoing.give_up(Reason::TakenBack);
+                    }
                 }
                 let turn = self.step(now);
                 self.turn(turn, now);

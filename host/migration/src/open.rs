@@ -105,7 +105,10 @@ impl Left {
             if left.is_empty() || start.answers().any(|answer| refused(answer) && !is_suspended(answer)) {
                 return false;
             }
-            tracing::warn!(controllers = ?left, "controllers of the source were left suspended: they are resumed");
+            // A VM manager may have stopped its guest before, and keeps it behind a fence of its own.
+            if parts.hand_over().is_none() {
+                tracing::warn!(controllers = ?left, "controllers of the source were left suspended: they are resumed");
+            }
             *self = Self::Resuming(resume(&left));
             *start = starts(parts, indices);
         }

@@ -4,6 +4,7 @@ use crate::calls::Calls;
 use crate::config::MigrationConfig;
 use crate::copy::Engine;
 use crate::extents::Extents;
+use crate::hand_over::HandOver;
 use crate::hooks::{Hooks, JournalError, Owner, Record, RecordPhase};
 use crate::media::Media;
 use crate::media_move::Way;
@@ -147,6 +148,14 @@ impl Parts {
     /// The controllers stay before their guests.
     pub(crate) fn is_media_move(&self) -> bool {
         matches!(self.way, Way::Media(_))
+    }
+
+    /// Where the VM managers of a hand-over are met.
+    pub(crate) fn hand_over(&self) -> Option<&HandOver> {
+        match &self.way {
+            Way::HandOver(hand_over) => Some(hand_over),
+            Way::Controller | Way::Media(_) => None,
+        }
     }
 
     /// The end whose controllers serve after the move.

@@ -105,6 +105,9 @@ pub enum Reason {
     /// The operator, or a signal, cancelled it.
     #[error("it was cancelled")]
     Cancelled,
+    /// A hand-over: the VM manager took the guest back to the source.
+    #[error("the guest was taken back")]
+    TakenBack,
     /// It was not begun.
     #[error(transparent)]
     Refused(#[from] Refusal),

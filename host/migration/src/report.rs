@@ -92,6 +92,8 @@ pub enum Step {
     /// A media move, in the place of [`Point`](Self::Point) and [`SetState`](Self::SetState): the backing is exchanged. A media
     /// move has no [`ReadState`](Self::ReadState) either.
     Exchange,
+    /// A hand-over, in the place of [`Point`](Self::Point): the states are in the VM manager's hands.
+    Told,
 }
 
 impl Step {
@@ -112,6 +114,7 @@ impl Step {
             Self::SetState => "set_state",
             Self::Resume => "resume",
             Self::Exchange => "exchange",
+            Self::Told => "told",
         }
     }
 }

@@ -183,7 +183,9 @@ impl Rounds {
     /// What the record of the switch-over costs is known from one that was written. If that was dear, it is worth another look:
     /// a disk that was busy then must not keep a migration from converging.
     fn probe(&mut self, parts: &mut Parts, now: Time) {
-        if self.probe.is_none() && parts.costs.journal_us >= u64::from(parts.config.limits.downtime_budget_us) / 4 {
+        // Whoever waits for a VM manager to pause the guest does not need to know.
+        let waits = parts.hand_over().is_some();
+        if self.probe.is_none() && !waits && parts.costs.journal_us >= u64::from(parts.config.limits.downtime_budget_us) / 4 {
             parts.record(Owner::Source, RecordPhase::Copying, false);
             self.probe = Some(now);
         }
@@ -222,6 +224,10 @@ impl Rounds {
             return None;
         }
         let over = self.number >= limits.max_rounds || now.us_since(parts.began) / 1000 >= limits.max_time_ms;
+        // A VM manager decides for itself, and the guest's pause is its own.
+        if let Some(hand_over) = parts.hand_over() {
+            return hand_over.wants_pause().then(|| self.switch_over(parts, now));
+        }
         if !(self.complete && self.orders.wish || over) {
             return None;
         }

@@ -6,11 +6,15 @@
 //! suspended throughout; the durable "moved" record; the slots; the state; Resume. So the record never says "moved" while the
 //! source could still have taken a command that the destination has not got: whoever finds it after a crash may rely on it.
 //!
+//! In a hand-over no slot is pointed: behind the record the states are told, and set and resumed when the VM manager brings them
+//! to the destination (see [`hand_over`](crate::hand_over)). What fails there is told as well, and can be tried again.
+//!
 //! In a media move the same controllers go on, so no state is read, no slot pointed and no state set: behind the record the
 //! backing is exchanged, and Resume is for the source's controllers (see [`media_move`](crate::media_move)).
 
 use crate::calls::{Calls, words};
 use crate::copy::Purpose;
+use crate::hand_over::{Stage, Wish};
 use crate::hooks::{Owner, RecordPhase};
 use crate::media_move::Way;
 use crate::mmc::{Answer, Health};
@@ -26,6 +30,9 @@ use dray_device::planted::{self, Fault};
 use dray_device::poll::Time;
 use dray_nvme::status::Status;
 
+/// Steps that a report keeps.
+const MAX_PARTS: usize = 64;
+
 /// A switch-over under way.
 #[derive(Debug)]
 pub(crate) struct Switch {
@@ -39,6 +46,8 @@ pub(crate) struct Switch {
     calls: Option<Calls>,
     flushing: bool,
     copied_before: u64,
+    /// What the last round of a hand-over had copied when it was last seen to get on, and when that was.
+    got_on: (u64, Time),
     reads: Vec<ReadState>,
     states: Vec<Vec<u8>>,
     /// Behind the fence each controller of the source is asked whether it is still suspended.
@@ -49,6 +58,8 @@ pub(crate) struct Switch {
     admitted: bool,
     /// The management controller of a media move had failed, and was reset: that ends suspensions too.
     forced: bool,
+    /// A hand-over: the states were told.
+    told: bool,
     /// Since when, and why, controllers were asked before some of them were resumed again.
     asked: Option<(Time, String)>,
 }
@@ -80,6 +91,7 @@ impl Switch {
             calls: None,
             flushing: false,
             copied_before: 0,
+            got_on: (0, now),
             reads: Vec::new(),
             states: Vec::new(),
             confirm: Vec::new(),
@@ -87,6 +99,7 @@ impl Switch {
             asking: None,
             admitted: false,
             forced: false,
+            told: false,
             asked: None,
         }
     }
@@ -98,9 +111,10 @@ impl Switch {
     pub(crate) fn poll(&mut self, parts: &mut Parts, now: Time) -> Turn {
         // A few steps may be over at once; each costs the guest a poll otherwise.
         for _ in 0..16 {
-            let late = now.us_since(self.entered) / 1000 >= self.patience_ms(parts);
+            let late = self.is_late(parts, now);
             match self.advance(parts, now) {
-                Ok(Gone::On) if late && self.step != Step::Resume => return self.failed("it took too long".to_owned(), parts),
+                Ok(Gone::On) if late && self.is_handed(parts) => self.refuse("it took too long".to_owned(), parts, now),
+                Ok(Gone::On) if late => return self.failed("it took too long".to_owned(), parts),
                 Ok(Gone::On) => return Turn::Stay,
                 Ok(Gone::To(step)) => self.enter(step, parts, now),
                 Ok(Gone::Over) => return self.over(parts, now),
@@ -108,10 +122,48 @@ impl Switch {
                     let reason = Reason::SwitchOver { step: self.step, what: "a controller was lost".to_owned() };
                     return Turn::Doubt(reason, what);
                 }
+                Err(what) if self.is_handed(parts) => self.refuse(what, parts, now),
                 Err(what) => return self.failed(what, parts),
             }
         }
         Turn::Stay
+    }
+
+    /// The states are out of our hands, or are being set.
+    pub(crate) fn is_told(&self) -> bool {
+        self.told
+    }
+
+    /// A hand-over beyond its record: what fails at the destination is told there, and leaves everything as it was.
+    fn is_handed(&self, parts: &Parts) -> bool {
+        self.told && parts.hand_over().is_some()
+    }
+
+    fn is_late(&mut self, parts: &Parts, now: Time) -> bool {
+        let since = match self.step {
+            // The VM manager moves states in its own time; a Resume of unknown outcome has a limit of its own.
+            Step::Told | Step::Resume => return false,
+            Step::LastRound if parts.hand_over().is_some() => {
+                let copied = parts.engine.stats().copied;
+                if copied != self.got_on.0 {
+                    self.got_on = (copied, now);
+                }
+                self.got_on.1.max(self.entered)
+            }
+            _ => self.entered,
+        };
+        now.us_since(since) / 1000 >= self.patience_ms(parts)
+    }
+
+    /// The destination could not do what it was asked for.
+    fn refuse(&mut self, what: String, parts: &mut Parts, now: Time) {
+        let stage = if self.step == Step::Resume { Stage::Taken } else { Stage::Told };
+        if let Some(hand_over) = parts.hand_over() {
+            hand_over.refuse(stage, what);
+        }
+        self.writes.clear();
+        (self.asking, self.asked, self.admitted) = (None, None, false);
+        self.enter(Step::Told, parts, now);
     }
 
     fn patience_ms(&self, parts: &Parts) -> u64 {
@@ -126,7 +178,10 @@ impl Switch {
     }
 
     fn enter(&mut self, step: Step, parts: &mut Parts, now: Time) {
-        parts.report.parts.push((self.step, now.us_since(self.entered)));
+        // A VM manager may ask as often as it likes.
+        if parts.report.parts.len() < MAX_PARTS {
+            parts.report.parts.push((self.step, now.us_since(self.entered)));
+        }
         (self.step, self.entered, self.calls, self.flushing) = (step, now, None, false);
     }
 
@@ -150,6 +205,7 @@ impl Switch {
             Step::Record => self.record(parts),
             Step::Exchange => exchange(parts, now),
             Step::Point => Ok(self.point(parts)),
+            Step::Told => Ok(self.tell(parts)),
             Step::SetState => self.set_state(parts, now),
             Step::Resume => self.resume(parts, now),
         }
@@ -235,6 +291,9 @@ impl Switch {
         parts.media.release_held();
         parts.extents.sweep();
         parts.copying = true;
+        if let Some(hand_over) = parts.hand_over() {
+            hand_over.says(Stage::Paused);
+        }
         Gone::To(Step::LastRound)
     }
 
@@ -350,7 +409,11 @@ impl Switch {
         }
         match parts.recorded() {
             None => Ok(Gone::On),
-            Some(Ok(())) => Ok(Gone::To(if parts.is_media_move() { Step::Exchange } else { Step::Point })),
+            Some(Ok(())) => Ok(Gone::To(match parts.way {
+                Way::Media(_) => Step::Exchange,
+                Way::Controller => Step::Point,
+                Way::HandOver(_) => Step::Told,
+            })),
             Some(Err(error)) => Err(error.to_string()),
         }
     }
@@ -361,14 +424,56 @@ impl Switch {
         for cntlid in parts.sources() {
             parts.hooks.slot.point_at_destination(cntlid);
         }
-        let format = parts.formats.destination;
         let states = std::mem::take(&mut self.states);
-        self.writes =
-            parts.destinations().iter().zip(states).map(|(&cntlid, state)| WriteState::new(cntlid, format, state)).collect();
+        self.write(states, parts);
         Gone::To(Step::SetState)
     }
 
+    fn write(&mut self, states: Vec<Vec<u8>>, parts: &Parts) {
+        let format = parts.formats.destination;
+        let states = parts.destinations().into_iter().zip(states);
+        self.writes = states.map(|(cntlid, state)| WriteState::new(cntlid, format, state)).collect();
+    }
+
+    /// The states are the VM manager's: it brings them to the destination, and has that run, or takes the guest back.
+    fn tell(&mut self, parts: &mut Parts) -> Gone {
+        let Some(hand_over) = parts.hand_over() else {
+            return Gone::On;
+        };
+        if !std::mem::replace(&mut self.told, true) {
+            hand_over.tell(&self.states);
+        }
+        // A command of an attempt before may still be under way: the state that it sets must not come after the new one.
+        if parts.destination.outstanding() > 0 {
+            return Gone::On;
+        }
+        match hand_over.wish() {
+            None => Gone::On,
+            Some(Wish::Run) => Gone::To(Step::Resume),
+            Some(Wish::Take(states)) => {
+                self.write(states, parts);
+                Gone::To(Step::SetState)
+            }
+        }
+    }
+
+    /// The destination's manager may have reset the function since: that ends a suspension.
+    fn suspended_again(&mut self, parts: &mut Parts, now: Time) -> Result<bool, String> {
+        let destinations = parts.destinations();
+        let calls = self.calls.get_or_insert_with(|| suspend(&destinations));
+        if !calls.poll(now, parts.destination.as_mut()) {
+            return Ok(false);
+        }
+        match calls.failure() {
+            Some(answer) => Err(format!("Suspend at the destination: {}", words(answer))),
+            None => Ok(true),
+        }
+    }
+
     fn set_state(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
+        if parts.hand_over().is_some() && !self.suspended_again(parts, now)? {
+            return Ok(Gone::On);
+        }
         while let Some(write) = self.writes.last_mut() {
             match write.poll(now, parts.destination.as_mut()) {
                 None => return Ok(Gone::On),
@@ -377,6 +482,10 @@ impl Switch {
                 }
                 Some(Err(what)) => return Err(what),
             }
+        }
+        if let Some(hand_over) = parts.hand_over() {
+            hand_over.taken();
+            return Ok(Gone::To(Step::Told));
         }
         Ok(Gone::To(Step::Resume))
     }
@@ -448,6 +557,9 @@ impl Switch {
     }
 
     fn over(&mut self, parts: &mut Parts, now: Time) -> Turn {
+        if let Some(hand_over) = parts.hand_over() {
+            hand_over.says(Stage::Serving);
+        }
         parts.report.parts.push((self.step, now.us_since(self.entered)));
         parts.report.downtime_us = Some(now.us_since(self.suspended_at));
         Turn::Next(State::Completing(Completing::new(parts, now)))

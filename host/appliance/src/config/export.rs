@@ -175,9 +175,33 @@ fn check_controllers<'a>(
             return Err(problem(&export.by, message, "write by = \"vfio-user\": its socket is for processes of the same user alone"));
         }
         if controller.role == Role::Migratable && name == config.file.migration.to.get_ref() {
-            let message = format!("\"{name}\" is what [migration] moves to: its migratable controllers have no clients of their own");
-            let help = format!("export those of \"{}\": their clients go along", config.file.migration.from.get_ref());
-            return Err(problem(&export.subsystem, message, help));
+            check_destination(config, export, subsystem)?;
+        }
+    }
+    Ok(())
+}
+
+/// A controller of the subsystem that `[migration]` moves to has clients of its own only where VM managers move it.
+fn check_destination(config: &Config, export: &Export, to: &Subsystem) -> Result<(), Problem> {
+    let (name, from) = (to.name.get_ref(), config.file.migration.from.get_ref());
+    let wrong = |message: String, help: String| Err(problem(&export.subsystem, message, help));
+    let source = config.subsystem(from).into_iter().flat_map(|subsystem| &subsystem.controllers);
+    let migratable: Vec<_> = source.filter(|c| c.role == Role::Migratable).map(|c| *c.cntlid.get_ref()).collect();
+    let is_it = |other: &&Export| other.subsystem.get_ref() == from && other.cntlids().iter().any(|cntlid| migratable.contains(cntlid));
+    let other = config.file.exports.iter().find(is_it);
+    let both = [Some(export), other].iter().all(|export| export.is_some_and(|export| *export.by.get_ref() == ExportBy::VfioUser));
+    if !both {
+        let message = format!(
+            "\"{name}\" is what [migration] moves to: its migratable controllers have clients of their own only where VM managers \
+             move them, with both ends exported by vfio-user"
+        );
+        return wrong(message, format!("export those of \"{from}\" alone, whose clients go along, or both by vfio-user"));
+    }
+    for subsystem in [Some(to), config.subsystem(from)].into_iter().flatten() {
+        let migratable = subsystem.controllers.iter().filter(|controller| controller.role == Role::Migratable).count();
+        if migratable != 1 {
+            let message = format!("\"{}\" has {migratable} migratable controllers, and VM managers move one", subsystem.name.get_ref());
+            return wrong(message, format!("do not export \"{name}\", and move them by `dray migrate`"));
         }
     }
     Ok(())

@@ -353,6 +353,18 @@ impl Config {
         self.base.join(path)
     }
 
+    /// Whether the controllers of both ends of `[migration]` have clients: their VM managers move them, over vfio-user.
+    #[must_use]
+    pub fn hands_over(&self) -> bool {
+        let to = self.file.migration.to.get_ref();
+        let Some(subsystem) = self.subsystem(to) else { return false };
+        let migratable = |cntlid: u16| {
+            subsystem.controllers.iter().any(|c| *c.cntlid.get_ref() == cntlid && c.role == Role::Migratable)
+        };
+        let exports = self.file.exports.iter().filter(|export| export.subsystem.get_ref() == to);
+        exports.flat_map(export::Export::cntlids).any(migratable)
+    }
+
     /// The subsystem of that name.
     #[must_use]
     pub fn subsystem(&self, name: &str) -> Option<&Subsystem> {

@@ -179,12 +179,24 @@ fn two_exports_do_not_share_a_controller_a_socket_or_a_name() {
 }
 
 #[test]
-fn what_is_moved_to_has_no_clients_of_its_own() {
+fn what_is_moved_to_has_clients_of_its_own_where_vm_managers_move_it() {
     let there = GOOD.replacen(
         "cntlid = 1\nrole = \"management\"\n[migration]",
         "cntlid = 1\nrole = \"management\"\n[[subsystem.controller]]\ncntlid = 2\nrole = \"migratable\"\n[migration]",
         1,
     );
-    let error = parse(&format!("{there}{}", VFIO.replace("\"a\"", "\"b\""))).expect_err("refused").to_string();
-    assert!(error.contains("moves to"), "{error}");
+    let other = VFIO.replace("\"a\"", "\"b\"");
+    for exports in [other.clone(), format!("{TCP}{other}"), format!("{VFIO}{}", TCP.replace("\"a\"", "\"b\""))] {
+        let error = parse(&format!("{there}{exports}")).expect_err("refused").to_string();
+        assert!(error.contains("moves to"), "{error}");
+    }
+    let both = parse(&format!("{there}{VFIO}{other}")).expect("good");
+    assert!(both.hands_over() && !parse(&format!("{there}{VFIO}")).expect("good").hands_over());
+    // A management controller has no part in it.
+    let management = format!("{VFIO}{}", other.replace("controller = 2", "controller = 1"));
+    assert!(!parse(&format!("{there}{management}")).expect("good").hands_over());
+    let more = "namespaces = [1]\n[[subsystem.controller]]\ncntlid = 3\nrole = \"migratable\"\n";
+    let several = there.replacen("namespaces = [1]\n", more, 1);
+    let error = parse(&format!("{several}{VFIO}{other}")).expect_err("refused").to_string();
+    assert!(error.contains("2 migratable controllers"), "{error}");
 }

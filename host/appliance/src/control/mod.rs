@@ -48,11 +48,12 @@
 //!
 //! # What each does
 //! - **`status`**: `ok` is what runs: process, subsystems with their namespaces (and who serves them by the durable record) and
-//!   controllers, exports with clients and counters, policies, the migration that runs and those that have ended.
+//!   controllers, exports with clients and counters, policies, the migration that runs and those that have ended (`kind`:
+//!   "migration", "media-move", or "hand-over" for one that a client drives over vfio-user).
 //! - **`migrate`**: moves all namespaces and migratable controllers of `from` to `to`, the two ends of `[migration]` in either
 //!   direction; clients of the controllers stay connected. Events every 200 ms tell how far it is. It goes on when the
-//!   connection ends: `status` tells of it then.
-//! - **`cancel`**: cancels the migration that runs; its own request ends with `cancelled`, or with `ok` if it was too late.
+//!   connection ends: `status` tells of it then. Where both ends have clients of their own it is refused: their VM managers move them.
+//! - **`cancel`**: cancels the migration that runs, whoever drives it; its own request ends with `cancelled`, or with `ok` if it was too late.
 //! - **`lend-cdq`**: creates a user data migration queue for a migratable controller with the subsystem's management
 //!   controller, starts logging into it, and lends it. The line with `ok` carries one descriptor (SCM_RIGHTS, with its first
 //!   byte): a socket whose first message has the queue's memory (sealed, for reading) and event line; `LentReader` in

@@ -10,7 +10,7 @@ use dray_device::poll::{Next, Poll, Progress, Time};
 use dray_device::random::SecureRandom;
 use dray_device::slot::Slot;
 use dray_device::socket::{Listener, TcpListener, UnixListener};
-use dray_export::hooks::NoMigration;
+use dray_export::hooks::MigrationHooks;
 use dray_export::nvme_tcp::{AnaGroupConfig, ExportedSubsystem, HostAccess, Limits, Target, TargetConfig};
 use dray_export::vfio_user::{Bar0Map, PeerPolicy, VfioUserConfig, VfioUserCounters, VfioUserServer};
 use dray_nvme::auth::Secret;
@@ -88,6 +88,9 @@ pub(super) struct ExportView {
     pub(super) counters: Value,
 }
 
+/// What a migration means for the controller in a slot: subsystem, CNTLID, slot.
+pub(super) type HooksOf<'a> = dyn Fn(&str, u16, &Slot) -> Box<dyn MigrationHooks> + 'a;
+
 /// A socket and the server behind it.
 enum Server {
     VfioUser { listener: Option<UnixListener>, path: PathBuf, server: Box<VfioUserServer> },
@@ -106,12 +109,17 @@ pub(super) struct Exports {
 
 impl Exports {
     /// Binds the sockets and sets the servers up. Exports at one NVMe/TCP address are one target.
-    pub(super) fn start(config: &Config, fronts: &[Front], machines: &[Machine]) -> Result<(Self, Vec<ExportLabel>), ExportError> {
+    pub(super) fn start(
+        config: &Config,
+        fronts: &[Front],
+        machines: &[Machine],
+        hooks: &HooksOf<'_>,
+    ) -> Result<(Self, Vec<ExportLabel>), ExportError> {
         let mut exports = Self { servers: Vec::new(), of: Vec::new(), looked: Time(0), closing: false, now: Time(0) };
         let slots = Slots { fronts, machines };
         let mut labels = Vec::new();
         for export in config.file.exports.iter().filter(|export| *export.by.get_ref() == ExportBy::VfioUser) {
-            labels.push(exports.vfio_user(config, export, &slots)?);
+            labels.push(exports.vfio_user(config, export, &slots, hooks)?);
         }
         let mut targets: Vec<(SocketAddr, Vec<&Export>)> = Vec::new();
         for export in config.file.exports.iter().filter(|export| *export.by.get_ref() == ExportBy::NvmeTcp) {
@@ -128,7 +136,13 @@ impl Exports {
         Ok((exports, labels))
     }
 
-    fn vfio_user(&mut self, config: &Config, export: &Export, slots: &Slots<'_>) -> Result<ExportLabel, ExportError> {
+    fn vfio_user(
+        &mut self,
+        config: &Config,
+        export: &Export,
+        slots: &Slots<'_>,
+        hooks: &HooksOf<'_>,
+    ) -> Result<ExportLabel, ExportError> {
         let subsystem = export.subsystem.get_ref().clone();
         let cntlid = export.cntlids().first().copied().unwrap_or(0);
         let no_slot = || ExportError::NoSlot { subsystem: subsystem.clone(), cntlid };
@@ -147,9 +161,15 @@ impl Exports {
             allow: if is_management { PeerPolicy::SameUser } else { PeerPolicy::Any },
             ..VfioUserConfig::default()
         };
-        let server = Box::new(VfioUserServer::new(slot, setup, Box::new(NoMigration)));
+        let hooks = hooks(&subsystem, cntlid, &slot);
+        let moves = hooks.ways() != 0;
+        let server = Box::new(VfioUserServer::new(slot, setup, hooks));
         self.servers.push(Server::VfioUser { listener: Some(listener), path, server });
-        let note = if is_management { " (the management controller: the appliance does not drive it itself)" } else { "" };
+        let note = match (is_management, moves) {
+            (true, _) => " (the management controller: the appliance does not drive it itself)",
+            (false, true) => " (its VM manager moves it)",
+            (false, false) => "",
+        };
         let by = ExportBy::VfioUser.name();
         Ok(ExportLabel { subsystem, controllers: vec![cntlid], by, address, server: self.servers.len() - 1, note })
     }

@@ -1,7 +1,8 @@
 //! The places before which clients stand: a slot for each migratable controller, pointed at where it is served now.
 //!
 //! The slots belong to the source of `[migration]` and to subsystems that do not move; what moves goes from the source's
-//! controllers to the destination's, in the order of the configuration, and back.
+//! controllers to the destination's, in the order of the configuration, and back. Where VM managers move them, the destination's
+//! have slots of their own, and none is ever pointed elsewhere.
 
 use crate::assembly::{AssemblyError, Machine};
 use crate::moving::Fences;
@@ -42,10 +43,7 @@ impl Fronts {
     /// destination of `[migration]` among the machines.
     pub(super) fn new(machines: &[Machine], ends: [usize; 2], serving: Owner) -> Result<Self, AssemblyError> {
         let (mut all, mut pairs) = (Vec::new(), Vec::new());
-        for (place, machine) in machines.iter().enumerate() {
-            if place == ends[1] {
-                continue;
-            }
+        for (place, machine) in machines.iter().enumerate().filter(|(place, _)| *place != ends[1]) {
             for (nth, controller) in machine.migratable.iter().enumerate() {
                 let other = machines.get(ends[1]).and_then(|to| to.migratable.get(nth)).filter(|_| place == ends[0]);
                 let queues = other.map_or(0, |other| other.io_queues).max(controller.io_queues);
@@ -67,6 +65,23 @@ impl Fronts {
             }
         }
         Ok(Self { all, pairs })
+    }
+
+    /// A slot for each migratable controller, pointed at that one. Both of a pair have as many vectors: a function goes from one
+    /// to the other only if it is alike.
+    pub(super) fn apart(machines: &[Machine], ends: [usize; 2]) -> Result<Self, AssemblyError> {
+        let mut all = Vec::new();
+        for (place, machine) in machines.iter().enumerate() {
+            for (nth, controller) in machine.migratable.iter().enumerate() {
+                let other = ends.iter().position(|end| *end == place).and_then(|end| machines.get(ends[1 - end]));
+                let other = other.and_then(|other| other.migratable.get(nth));
+                let vectors = other.map_or(0, |other| other.io_queues).max(controller.io_queues).saturating_add(1);
+                let slot = Slot::new(AddressSpace::default(), vectors)?;
+                slot.point_at(&controller.plug);
+                all.push(Front { subsystem: machine.name.clone(), cntlid: controller.cntlid, slot, vectors });
+            }
+        }
+        Ok(Self { all, pairs: Vec::new() })
     }
 }
 

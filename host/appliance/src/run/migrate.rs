@@ -3,6 +3,7 @@
 use super::Place;
 use super::core::{Mailbox, Order};
 use super::fronts::{Pair, Unknown, Way};
+use super::hand_over::{self, Session};
 use super::media::{Kept, Prepared, Wish, prepare};
 use crate::config::Config;
 use crate::control::server::Outbox;
@@ -55,11 +56,13 @@ pub(super) struct MediaSurroundings<'a> {
 }
 
 /// What moves.
-enum Kind {
+pub(super) enum Kind {
     /// Controllers and their media, between the ends of `[migration]`.
     Controllers { back: bool, names: [String; 2] },
     /// The media behind controllers that stay.
     Media(Box<Kept>),
+    /// As the first, driven by the client of the end that serves.
+    HandOver { names: [String; 2], session: Arc<Session>, board: Arc<hand_over::Board> },
 }
 
 impl Kind {
@@ -67,6 +70,7 @@ impl Kind {
     fn name(&self) -> &'static str {
         match self {
             Self::Controllers { .. } => "migration",
+            Self::HandOver { .. } => "hand-over",
             Self::Media(_) => "media-move",
         }
     }
@@ -74,7 +78,7 @@ impl Kind {
     /// Says in a value what moves.
     fn describe(&self, value: &mut Value) {
         let [from, to] = match self {
-            Self::Controllers { names, .. } => names,
+            Self::Controllers { names, .. } | Self::HandOver { names, .. } => names,
             Self::Media(kept) => {
                 (value["subsystem"], value["nsid"]) = (json!(kept.subsystem), json!(kept.nsid));
                 &kept.names
@@ -86,7 +90,7 @@ impl Kind {
     /// What the history says of it.
     fn entry(&self, config: &Config) -> MigrationEntry {
         match self {
-            Self::Controllers { names: [from, to], .. } => {
+            Self::Controllers { names: [from, to], .. } | Self::HandOver { names: [from, to], .. } => {
                 let mut nsids = namespaces(config, from).into_iter().map(|(nsid, _)| nsid);
                 let nsid = nsids.next().unwrap_or_default();
                 let nguid = nguid(config, from, nsid);
@@ -106,6 +110,7 @@ impl Kind {
     fn words(&self, number: u64) -> String {
         match self {
             Self::Controllers { names: [from, to], .. } => format!("migration {number} of {from} to {to}"),
+            Self::HandOver { names: [from, to], .. } => format!("migration {number} of {from} to {to}, driven by a client,"),
             Self::Media(kept) => {
                 let Kept { subsystem, nsid, names: [from, to], .. } = &**kept;
                 let from = if from.is_empty() { "memory" } else { from };
@@ -117,7 +122,7 @@ impl Kind {
     /// Who serves when it is undone.
     fn old(&self) -> &'static str {
         match self {
-            Self::Controllers { .. } => "the source serves",
+            Self::Controllers { .. } | Self::HandOver { .. } => "the source serves",
             Self::Media(_) => "the old backing serves",
         }
     }
@@ -146,7 +151,7 @@ pub(super) struct Migrations {
     noted: Option<JoinHandle<()>>,
 }
 
-fn failed(what: &str, error: impl std::fmt::Display) -> ControlError {
+pub(super) fn failed(what: &str, error: impl std::fmt::Display) -> ControlError {
     ControlError::new(ErrorCode::Failed, format!("{what}: {error}"))
 }
 
@@ -206,16 +211,25 @@ impl Migrations {
         let with = ingredients([driver(from)?, driver(to)?], clock, policies, hooks);
         let with = with.map_err(|error| failed("the migration cannot be set up", error))?;
         let migration = Migration::new(setup, with, clock.now()).map_err(|error| failed("the migration cannot be set up", error))?;
-        self.board.start(Box::new(migration));
-        self.begun(number, Kind::Controllers { back, names }, asker, &config, (hosts, worker));
+        let kept = (hosts, worker);
+        self.begin(number, Box::new(migration), Kind::Controllers { back, names }, Some(asker), &config, kept);
         Ok(())
     }
 
-    fn begun(&mut self, number: u64, kind: Kind, asker: Asker, config: &Config, kept: (Vec<policies::PolicyHost>, Worker)) {
+    /// Hands a migration to the core.
+    pub(super) fn begin(
+        &mut self,
+        number: u64,
+        migration: Box<Migration>,
+        kind: Kind,
+        asker: Option<Asker>,
+        config: &Config,
+        (hosts, worker): (Vec<policies::PolicyHost>, Worker),
+    ) {
+        self.board.start(migration);
         let (told, begun_s) = (Instant::now(), unix_seconds());
         let history = Keeper::start(config, kind.entry(config));
-        let (asker, (_policies, _worker)) = (Some(asker), kept);
-        self.running = Some(Running { number, kind, begun_s, asker, told, history, _policies, _worker });
+        self.running = Some(Running { number, kind, begun_s, asker, told, history, _policies: hosts, _worker: worker });
     }
 
     /// Waits until the history has the end of the last one, a few seconds at most.
@@ -267,10 +281,9 @@ impl Migrations {
         let migration = migration.map_err(|error| failed("the media move cannot be set up", error))?;
         kept.begins();
         with.mailbox.put(Order::Attend(at, kept.clerk.clone()));
-        self.board.start(Box::new(migration));
         let kind = Kind::Media(Box::new(kept));
         let words = kind.words(id);
-        self.begun(id, kind, asker, config, (hosts, worker));
+        self.begin(id, Box::new(migration), kind, Some(asker), config, (hosts, worker));
         Ok(words)
     }
 
@@ -289,7 +302,7 @@ impl Migrations {
     }
 
     /// Whether another one may begin.
-    fn is_free(&self) -> Result<(), ControlError> {
+    pub(super) fn is_free(&self) -> Result<(), ControlError> {
         if let Some(running) = &self.running {
             let message = format!("{} runs", running.kind.words(running.number));
             return Err(ControlError::new(ErrorCode::Busy, message));
@@ -359,6 +372,10 @@ impl Migrations {
             }
         };
         let (value, end) = self.ended(&running, &report);
+        if let Kind::HandOver { board, .. } = &running.kind {
+            board.set_session(None);
+            board.set_serving(self.serving);
+        }
         if self.ended.len() == KEPT {
             self.ended.pop_front();
         }
@@ -380,8 +397,11 @@ impl Migrations {
         let (word, text) = outcome(&report.outcome, running.kind.old());
         let end = match &report.outcome {
             Outcome::Moved => {
-                if let Kind::Controllers { back, .. } = running.kind {
-                    self.serving = if back { Owner::Source } else { Owner::Destination };
+                match &running.kind {
+                    Kind::Controllers { back: true, .. } => self.serving = Owner::Source,
+                    Kind::Controllers { back: false, .. } => self.serving = Owner::Destination,
+                    Kind::HandOver { session, .. } => self.serving = hand_over::other(session.from),
+                    Kind::Media(_) => {}
                 }
                 Ok(())
             }
@@ -428,10 +448,10 @@ pub(super) fn reclaim(mailbox: &Mailbox) -> Result<Option<Box<Migration>>, Contr
     answer.recv_timeout(CORE_PATIENCE).map_err(|_| ControlError::new(ErrorCode::Failed, "the polling core does not answer"))
 }
 
-type Seated = (Policies, Vec<policies::PolicyHost>);
+pub(super) type Seated = (Policies, Vec<policies::PolicyHost>);
 
 /// The policies' seats: a cdq seat for each controller, one for each other role.
-fn seats(
+pub(super) fn seats(
     config: &Config,
     clock: Clock,
     controllers: usize,
@@ -452,7 +472,7 @@ fn seats(
 }
 
 /// The namespaces that migratable controllers of a subsystem reach, the same NSID at both ends.
-fn namespaces(config: &Config, from: &str) -> Vec<(u32, u32)> {
+pub(super) fn namespaces(config: &Config, from: &str) -> Vec<(u32, u32)> {
     let Some(subsystem) = config.subsystem(from) else { return Vec::new() };
     let nsids = subsystem.controllers.iter().filter(|c| c.role == crate::config::Role::Migratable).flat_map(|c| &c.namespaces);
     let nsids: std::collections::BTreeSet<_> = nsids.map(|nsid| *nsid.get_ref()).collect();

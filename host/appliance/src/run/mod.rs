@@ -7,13 +7,15 @@
 //!
 //! Threads: the polling core ([`core`](self::core)) has the subsystems, the exports, the migration and lent queues; the control
 //! socket has its own ([`crate::control`]); jobs and policies have theirs. The main thread, here, only decides: it hears what
-//! the control socket is asked for, begins and ends migrations, and stops it all. At a stop, a migration that runs is cancelled,
+//! the control socket is asked for, and what clients that migrate themselves need ([`hand_over`]), begins and ends migrations, and
+//! stops it all. At a stop, a migration that runs is cancelled,
 //! exports take nobody in any more, controllers fetch nothing more, what is under way ends and is answered, clients are
 //! disconnected.
 
 mod core;
 mod exports;
 mod fronts;
+mod hand_over;
 mod lend;
 mod media;
 mod migrate;
@@ -34,8 +36,12 @@ use crate::policies::{self, PolicyHost, Seats};
 use crate::recovery::{Records, StateLock};
 use dray_device::slot::Slot;
 use dray_device::socket::UnixSocket;
+use dray_export::hooks::{MigrationHooks, NoMigration};
+use dray_migration::Owner;
 use exports::Exports;
 use fronts::{Fronts, Pair};
+use hand_over::desk::Desk;
+use hand_over::{Board as HandOverBoard, Driven, Gate};
 use lend::{LendSpec, Lent};
 use miette::{IntoDiagnostic, WrapErr, miette};
 use media::Wish;
@@ -145,6 +151,8 @@ struct Appliance {
     exports: Vec<exports::ExportLabel>,
     seats: Option<(Seats, PolicyHost)>,
     migrations: Migrations,
+    /// Where VM managers move what is served.
+    desk: Option<Desk>,
     mailbox: Arc<Mailbox>,
     core: Reactor<RunCore>,
     outbox: Outbox,
@@ -172,12 +180,14 @@ impl Appliance {
             say(&format!("policy       {role}: {}", policy.component.get_ref().display()));
         }
         records.close()?;
-        let machines = machines(&config, &records)?;
+        let machines = machines(&config, &records, serving)?;
         drop(records);
         let place = |name: &String| machines.iter().position(|m| m.name == *name).ok_or_else(|| miette!("no subsystem \"{name}\""));
         let ends = [place(config.file.migration.from.get_ref())?, place(config.file.migration.to.get_ref())?];
-        let Fronts { all, pairs } = Fronts::new(&machines, ends, serving)?;
-        let (exports, labels) = Exports::start(&config, &all, &machines)?;
+        let fronts = if config.hands_over() { Fronts::apart(&machines, ends) } else { Fronts::new(&machines, ends, serving) };
+        let Fronts { all, pairs } = fronts?;
+        let clients = Clients::new(&config, &machines, ends, serving);
+        let (exports, labels) = Exports::start(&config, &all, &machines, &|name, cntlid, slot| clients.hooks(name, cntlid, slot))?;
         for label in &labels {
             say(&format!("export       {label}"));
         }
@@ -198,6 +208,7 @@ impl Appliance {
             file: file.display().to_string(),
             records: found,
             exports: labels,
+            desk: clients.desk,
             stopping: false,
             config,
             clock,
@@ -227,6 +238,7 @@ impl Appliance {
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Err(miette!("the control socket's thread has died")),
         }
+        self.tend_clients();
         if let Some(line) = self.migrations.tend(&self.mailbox, &self.outbox, &mut self.config) {
             say(&line);
         }
@@ -277,6 +289,10 @@ impl Appliance {
     }
 
     fn migrate(&mut self, asker: Asker, names: [String; 2]) -> Result<(), ControlError> {
+        if self.desk.is_some() {
+            let message = "both ends of [migration] have clients of their own: their VM managers move them, over vfio-user";
+            return Err(ControlError::new(ErrorCode::Refused, message));
+        }
         let view = look(&self.mailbox)?;
         let ends = self.ends.map(|end| &self.places[end]);
         for place in ends {
@@ -297,6 +313,7 @@ impl Appliance {
     }
 
     fn media_move(&mut self, asker: Asker, wish: &Wish) -> Result<(), ControlError> {
+        self.clients_let_go(&wish.subsystem)?;
         if let Some(place) = self.places.iter().find(|place| place.name == wish.subsystem) {
             self.management_is_free(place, &look(&self.mailbox)?)?;
         }
@@ -312,7 +329,7 @@ impl Appliance {
         Ok(())
     }
 
-    fn lend(&self, name: String, cntlid: u16, slots: Option<u32>) -> Result<(serde_json::Value, std::os::fd::OwnedFd), ControlError> {
+    fn lend(&mut self, name: String, cntlid: u16, slots: Option<u32>) -> Result<(serde_json::Value, std::os::fd::OwnedFd), ControlError> {
         let no_such = || ControlError::new(ErrorCode::NoSuch, format!("there is no migratable controller {cntlid} in \"{name}\""));
         let place = self.places.iter().find(|place| place.name == name).ok_or_else(no_such)?;
         place.migratable.iter().find(|m| m.cntlid == cntlid).ok_or_else(no_such)?;
@@ -325,6 +342,8 @@ impl Appliance {
         if self.migrations.is_running() {
             return Err(ControlError::new(ErrorCode::Busy, "a migration runs"));
         }
+        self.clients_let_go(&name)?;
+        let Some(place) = self.places.iter().find(|place| place.name == name) else { return Err(no_such()) };
         // A migration that has ended still holds its management controllers.
         drop(migrate::reclaim(&self.mailbox)?);
         let failed = |error: String| ControlError::new(ErrorCode::Failed, error);
@@ -350,6 +369,9 @@ impl Appliance {
                 signals.stopping(begun);
             }
         }
+        if let Some(desk) = &self.desk {
+            desk.board.stop();
+        }
         let (to, drained) = channel();
         self.mailbox.put(Order::Drain(to));
         let end = Instant::now() + DRAIN_PATIENCE;
@@ -373,12 +395,64 @@ impl Appliance {
     }
 }
 
+/// Why the controllers of a subsystem come up behind raised fences.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fenced {
+    No,
+    /// The records say that its namespaces were moved away.
+    Moved,
+    /// It has clients of its own, and the other end of `[migration]` serves.
+    Idle,
+}
+
+/// What clients that migrate have to do with.
+struct Clients {
+    desk: Option<Desk>,
+    /// Subsystem, CNTLID and gate of both ends.
+    ends: Vec<(Owner, String, u16, Gate)>,
+}
+
+impl Clients {
+    fn new(config: &Config, machines: &[Machine], ends: [usize; 2], serving: Owner) -> Self {
+        let both = ends.map(|end| machines.get(end).and_then(|machine| Some((&machine.name, machine.migratable.first()?))));
+        let [Some(from), Some(to)] = both else { return Self { desk: None, ends: Vec::new() } };
+        if !config.hands_over() {
+            return Self { desk: None, ends: Vec::new() };
+        }
+        let (board, asked) = HandOverBoard::new(serving);
+        let gates = [from, to].map(|(_, migratable)| Gate::new(migratable.fence.clone(), &board));
+        let end = |end: Owner, (name, migratable): (&String, &Migratable)| {
+            (end, name.clone(), migratable.cntlid, gates[end as usize].clone())
+        };
+        let ends = vec![end(Owner::Source, from), end(Owner::Destination, to)];
+        let desk = Desk::new(board, asked, gates.clone(), [from, to].map(|(_, migratable)| migratable.cntlid));
+        Self { desk: Some(desk), ends }
+    }
+
+    /// What the migration states mean for the controller in a slot.
+    fn hooks(&self, name: &str, cntlid: u16, slot: &Slot) -> Box<dyn MigrationHooks> {
+        let found = self.ends.iter().find(|(_, subsystem, id, _)| subsystem == name && *id == cntlid);
+        match (&self.desk, found) {
+            (Some(desk), Some((end, _, _, gate))) => Box::new(Driven::new(*end, cntlid, &desk.board, gate.clone(), slot.clone())),
+            _ => Box::new(NoMigration),
+        }
+    }
+}
+
 /// All subsystems, those that the records say so behind raised fences.
-fn machines(config: &Config, records: &Records) -> miette::Result<Vec<Machine>> {
+fn machines(config: &Config, records: &Records, serving: Owner) -> miette::Result<Vec<Machine>> {
+    let migration = &config.file.migration;
+    let idle = if serving == Owner::Source { &migration.to } else { &migration.from };
     let mut machines = Vec::new();
     for subsystem in &config.file.subsystems {
-        let fenced = records.is_fenced(subsystem);
-        machines.push(assembly::machine_behind(config, subsystem, fenced)?);
+        let fenced = if records.is_fenced(subsystem) {
+            Fenced::Moved
+        } else if config.hands_over() && subsystem.name.get_ref() == idle.get_ref() {
+            Fenced::Idle
+        } else {
+            Fenced::No
+        };
+        machines.push(assembly::machine_behind(config, subsystem, fenced != Fenced::No)?);
         say(&format!("subsystem    {}", status::line(subsystem, fenced)));
     }
     Ok(machines)

@@ -1,7 +1,7 @@
 //! What runs, as JSON for `status` and in lines for the terminal.
 
 use super::core::CoreView;
-use super::{Appliance, role};
+use super::{Appliance, Fenced, role};
 use crate::config::{BackingKind, Config, Controller, Namespace, Policy, Subsystem};
 use dray_controller::ControllerCounters;
 use dray_migration::Owner;
@@ -21,12 +21,16 @@ fn backing(kind: BackingKind) -> &'static str {
 }
 
 /// A subsystem in a line.
-pub(super) fn line(subsystem: &Subsystem, fenced: bool) -> String {
+pub(super) fn line(subsystem: &Subsystem, fenced: Fenced) -> String {
     let namespaces = subsystem.namespaces.iter().map(|n| format!("{} ({})", n.nsid.get_ref(), backing(n.backing)));
     let namespaces = namespaces.collect::<Vec<_>>().join(", ");
     let controllers = subsystem.controllers.iter().map(|c| format!("{} ({})", c.cntlid.get_ref(), role(c.role)));
     let controllers = controllers.collect::<Vec<_>>().join(", ");
-    let fence = if fenced { "; fenced: its namespaces were moved away" } else { "" };
+    let fence = match fenced {
+        Fenced::No => "",
+        Fenced::Moved => "; fenced: its namespaces were moved away",
+        Fenced::Idle => "; fenced: the other end of [migration] serves",
+    };
     format!("{}: namespaces {namespaces}; controllers {controllers}{fence}", subsystem.name.get_ref())
 }
 

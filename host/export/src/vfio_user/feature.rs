@@ -48,11 +48,24 @@ pub(crate) struct Migration {
     state: u32,
     /// The arc that hooks work on: its end, and the state that is wanted at last.
     arc: Option<(u32, u32)>,
+    /// The function's part of a stream whose controller's part is being taken over.
+    function: Option<Vec<u8>>,
     outgoing: Option<Vec<u8>>,
     /// Bytes of `outgoing` that were read.
     read: usize,
     incoming: Vec<u8>,
     logging: bool,
+    log: Option<LogStep>,
+    /// The log of a client that has left is being ended.
+    log_ends: bool,
+}
+
+/// What hooks do about the log.
+enum LogStep {
+    /// Start or stop, with the reply.
+    Switch(Vec<u8>),
+    /// Ask the controller, for this request and so many bytes of bitmap.
+    Collect(DeviceFeature, LoggingReport, usize),
 }
 
 /// What DEVICE_FEATURE comes to.
@@ -62,6 +75,8 @@ pub(crate) enum Answer {
     Reply(Vec<u8>),
     /// The reply, when the arcs that have begun are through.
     Later(Vec<u8>),
+    /// What [`Migration::poll_log`] says.
+    Log,
 }
 
 /// The next state on the way from one to another; `None` if there is no way. Never more than four steps.
@@ -80,7 +95,17 @@ fn next_step(from: u32, to: u32) -> Option<u32> {
 
 impl Migration {
     pub(crate) fn new() -> Self {
-        Self { state: state::RUNNING, arc: None, outgoing: None, read: 0, incoming: Vec::new(), logging: false }
+        Self {
+            state: state::RUNNING,
+            arc: None,
+            function: None,
+            outgoing: None,
+            read: 0,
+            incoming: Vec::new(),
+            logging: false,
+            log: None,
+            log_ends: false,
+        }
     }
 
     pub(crate) fn state(&self) -> u32 {
@@ -138,7 +163,8 @@ impl Migration {
                     return Err(errno::EINVAL);
                 }
                 hooks.stop_logging().map_err(|error| error.errno())?;
-                Ok(Answer::Reply(payload.to_vec()))
+                self.log = Some(LogStep::Switch(payload.to_vec()));
+                Ok(Answer::Log)
             }
             (feature::DMA_LOGGING_REPORT, DeviceFeature::GET) => self.report_logged(&head, data, max_bytes, hooks),
             _ => Err(errno::EINVAL),
@@ -169,7 +195,8 @@ impl Migration {
         let mut reply = head.as_bytes().to_vec();
         reply.extend_from_slice(used.as_bytes());
         reply.extend_from_slice(&data[size_of::<LoggingStart>()..]);
-        Ok(Answer::Reply(reply))
+        self.log = Some(LogStep::Switch(reply));
+        Ok(Answer::Log)
     }
 
     fn report_logged(
@@ -184,12 +211,29 @@ impl Migration {
         if !self.logging || bytes + size_of::<DeviceFeature>() + size_of::<LoggingReport>() > head.argsz as usize {
             return Err(errno::EINVAL);
         }
-        let mut bitmap = vec![0; bytes];
-        let result = hooks.report_logged(report.iova, report.length, report.page_size, &mut bitmap);
-        result.map_err(|error| error.errno())?;
-        let mut data = report.as_bytes().to_vec();
-        data.append(&mut bitmap);
-        got(head, &data)
+        hooks.collect_logged().map_err(|error| error.errno())?;
+        self.log = Some(LogStep::Collect(*head, report, bytes));
+        Ok(Answer::Log)
+    }
+
+    /// Goes on with the log; `Some` with the reply when that is through.
+    pub(crate) fn poll_log(&mut self, hooks: &mut dyn MigrationHooks, now: Time) -> Option<Result<Vec<u8>, u32>> {
+        // A client that has left waits for nothing.
+        let step = self.log.take();
+        match (hooks.poll_log(now), step) {
+            (_, None) => Some(Ok(Vec::new())),
+            (HookState::Working, step) => {
+                self.log = step;
+                None
+            }
+            (HookState::Failed(error), Some(step)) => {
+                // A log that did not start is none, and one that does not stop reports nothing any more.
+                self.logging &= matches!(step, LogStep::Collect(..));
+                Some(Err(error.errno()))
+            }
+            (HookState::Done, Some(LogStep::Switch(reply))) => Some(Ok(reply)),
+            (HookState::Done, Some(LogStep::Collect(head, report, bytes))) => Some(reported(&head, &report, bytes, hooks)),
+        }
     }
 
     /// Sets out for a state; returns whether it has been reached.
@@ -235,14 +279,15 @@ impl Migration {
             (STOP | PRE_COPY, RUNNING) => hooks.resume(now)?,
             (STOP, RESUMING) => {
                 self.forget_stream();
-                return Ok(false);
+                hooks.prepare(now)?;
             }
             (RESUMING, STOP) => {
                 let stream = std::mem::take(&mut self.incoming);
                 // Without a stream nothing has changed: the way back out of RESUMING.
-                if !stream.is_empty() {
-                    take_over(&stream, hooks, regions)?;
+                if stream.is_empty() {
+                    return Ok(false);
                 }
+                self.function = Some(take_over(&stream, hooks, regions)?);
             }
             _ => return Ok(false),
         }
@@ -269,6 +314,9 @@ impl Migration {
             HookState::Done => {
                 self.arc = None;
                 self.state = next;
+                if let Some(function) = self.function.take() {
+                    regions.restore(&function);
+                }
                 match self.begin(to, hooks, regions, now) {
                     Ok(false) => None,
                     Ok(true) => Some(Ok(())),
@@ -276,7 +324,7 @@ impl Migration {
                 }
             }
             HookState::Failed(error) => {
-                self.arc = None;
+                (self.arc, self.function) = (None, None);
                 Some(Err(self.failed(&error)))
             }
         }
@@ -290,7 +338,7 @@ impl Migration {
     /// A part of the stream of at most `size` bytes; `None` while the state is withheld.
     ///
     /// # Errors
-    /// EINVAL where nothing can be read.
+    /// EINVAL where nothing can be read, and the hook's where there will be nothing.
     pub(crate) fn read(
         &mut self,
         size: usize,
@@ -304,7 +352,7 @@ impl Migration {
             _ => return Err(errno::EINVAL),
         }
         if self.outgoing.is_none() {
-            let Some(controller) = hooks.state() else { return Ok(None) };
+            let Some(controller) = hooks.state().map_err(|error| self.failed(&error))? else { return Ok(None) };
             self.outgoing = Some(stream_of(&controller, &regions.save()));
         }
         let stream = self.outgoing.as_deref().unwrap_or_default();
@@ -328,21 +376,30 @@ impl Migration {
         Ok(())
     }
 
+    /// Goes on with the end of a log that nobody waits for; whether it is not over.
+    pub(crate) fn tend_log(&mut self, hooks: &mut dyn MigrationHooks, now: Time) -> bool {
+        self.log_ends = self.log_ends && hooks.poll_log(now) == HookState::Working;
+        self.log_ends
+    }
+
     /// The function is to be reset: the device goes back to RUNNING from wherever it is. Returns whether hooks work on that.
     pub(crate) fn begin_reset(&mut self, hooks: &mut dyn MigrationHooks, now: Time) -> bool {
         self.forget_stream();
-        self.arc = None;
+        (self.arc, self.function) = (None, None);
         // The controller's own fence holds whatever the hooks say.
         let was = std::mem::replace(&mut self.state, state::RUNNING);
-        was != state::RUNNING && hooks.resume(now).is_ok()
+        was != state::RUNNING && hooks.reset(now).is_ok()
     }
 
     /// The client has gone: what only it could go on with ends. Returns whether hooks work on that.
     pub(crate) fn client_left(&mut self, hooks: &mut dyn MigrationHooks, now: Time) -> bool {
         if std::mem::take(&mut self.logging) {
-            let _ended = hooks.stop_logging();
+            self.log_ends = hooks.stop_logging().is_ok();
         }
+        self.log = None;
         self.incoming = Vec::new();
+        // Whoever comes next reads the whole stream.
+        self.read = 0;
         if self.arc.is_some() || self.state != state::PRE_COPY {
             return self.arc.is_some();
         }
@@ -356,13 +413,17 @@ impl Migration {
 
 /// The reply to GET, if the client can take it.
 fn got(head: &DeviceFeature, data: &[u8]) -> Result<Answer, u32> {
+    reply_to(head, data).map(Answer::Reply)
+}
+
+fn reply_to(head: &DeviceFeature, data: &[u8]) -> Result<Vec<u8>, u32> {
     let bytes = size_of::<DeviceFeature>() + data.len();
     if bytes > head.argsz as usize {
         return Err(errno::EINVAL);
     }
     let mut reply = DeviceFeature { argsz: bytes as u32, ..*head }.as_bytes().to_vec();
     reply.extend_from_slice(data);
-    Ok(Answer::Reply(reply))
+    Ok(reply)
 }
 
 fn stream_of(controller: &[u8], function: &[u8]) -> Vec<u8> {
@@ -405,12 +466,22 @@ fn parts_of(stream: &[u8]) -> Result<(&[u8], &[u8]), HookError> {
     controller.zip(function).ok_or_else(|| bad("a section is missing"))
 }
 
-fn take_over(stream: &[u8], hooks: &mut dyn MigrationHooks, regions: &mut Regions) -> Result<(), HookError> {
+/// The reply to a report whose pages were collected.
+fn reported(head: &DeviceFeature, report: &LoggingReport, bytes: usize, hooks: &mut dyn MigrationHooks) -> Result<Vec<u8>, u32> {
+    let mut data = report.as_bytes().to_vec();
+    let at = data.len();
+    data.resize(at + bytes, 0);
+    let result = hooks.report_logged(report.iova, report.length, report.page_size, &mut data[at..]);
+    result.map_err(|error| error.errno())?;
+    reply_to(head, &data)
+}
+
+/// Checks a stream, and begins to take it over; returns the function's part, which is next.
+fn take_over(stream: &[u8], hooks: &mut dyn MigrationHooks, regions: &Regions) -> Result<Vec<u8>, HookError> {
     let (controller, function) = parts_of(stream)?;
     if !regions.fits(function) {
         return Err(HookError::Invalid("the function is not like the one that the stream is of".into()));
     }
     hooks.restore(controller)?;
-    regions.restore(function);
-    Ok(())
+    Ok(function.to_vec())
 }

@@ -123,6 +123,8 @@ enum Work {
     Quiet(Time),
     /// Arcs of the migration states.
     Arcs,
+    /// The log of written pages.
+    Log,
     /// The end of the migration stream: so many bytes are wanted.
     Stream(u32),
 }
@@ -323,6 +325,10 @@ impl VfioUserServer {
             },
             Work::Quiet(until) => (self.regions.is_quiet() || now >= *until).then_some(Ok(())),
             Work::Arcs => self.migration.poll(&mut *self.hooks, &mut self.regions, now),
+            Work::Log => {
+                let reply = self.migration.poll_log(&mut *self.hooks, now);
+                reply.map(|reply| reply.map(|reply| pending.payload = reply))
+            }
             Work::Stream(size) => match self.migration.read(*size as usize, &mut *self.hooks, &self.regions) {
                 Ok(None) if pending.header.is_some() => None,
                 Ok(data) => {
@@ -495,6 +501,7 @@ impl VfioUserServer {
                 match self.migration.feature(payload, max, &mut *self.hooks, &mut self.regions, now)? {
                     Answer::Reply(reply) => Ok(Outcome::Reply(reply, None)),
                     Answer::Later(reply) => Ok(Outcome::Later(reply, Work::Arcs)),
+                    Answer::Log => Ok(Outcome::Later(Vec::new(), Work::Log)),
                 }
             }
             command::MIG_DATA_READ => {
@@ -637,6 +644,7 @@ impl Poll for VfioUserServer {
             self.interrupts.report_gone();
         }
         let mut work = u32::from(self.advance(now)) + u32::from(self.interrupts.look(now));
+        let tends = self.migration.tend_log(&mut *self.hooks, now);
         if self.connection.is_some() && now >= self.next_look {
             self.next_look = now.after_us(MEMORY_LOOK_US);
             if self.windows.is_broken() {
@@ -649,7 +657,7 @@ impl Poll for VfioUserServer {
         let blocked = alive && self.connection.as_ref().is_some_and(Connection::is_sending);
         match () {
             () if work > 0 => Progress::busy(work),
-            () if self.pending.is_some() || !self.leaving.is_empty() => Progress::idle_until(now.after_us(LOOK_AGAIN_US)),
+            () if tends || self.pending.is_some() || !self.leaving.is_empty() => Progress::idle_until(now.after_us(LOOK_AGAIN_US)),
             () if blocked => Progress::idle_until(now.after_us(BLOCKED_US)),
             () => Progress { work: 0, next: Next::OnWake },
         }

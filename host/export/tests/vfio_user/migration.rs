@@ -24,8 +24,12 @@ struct Script {
     fail: Option<(&'static str, HookError)>,
     fail_later: Option<HookError>,
     blob: Option<Vec<u8>>,
+    no_blob: Option<HookError>,
     restored: Vec<u8>,
     logging: bool,
+    /// Polls of the log that say "working".
+    log_left: u32,
+    fail_log: Option<HookError>,
 }
 
 /// Hooks that do what a test wants.
@@ -65,8 +69,17 @@ impl MigrationHooks for Hooks {
         self.step(if hand_over { "hand over" } else { "stop" })
     }
 
-    fn state(&mut self) -> Option<Vec<u8>> {
-        self.0.lock().expect("lock").blob.clone()
+    fn reset(&mut self, _now: Time) -> Result<(), HookError> {
+        self.step("reset")
+    }
+
+    fn state(&mut self) -> Result<Option<Vec<u8>>, HookError> {
+        let script = self.0.lock().expect("lock");
+        script.no_blob.clone().map_or_else(|| Ok(script.blob.clone()), Err)
+    }
+
+    fn prepare(&mut self, _now: Time) -> Result<(), HookError> {
+        self.step("prepare")
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), HookError> {
@@ -91,6 +104,20 @@ impl MigrationHooks for Hooks {
     fn start_logging(&mut self, ranges: &[(u64, u64)], page: u64) -> Result<u64, HookError> {
         self.set(|script| script.calls.push(format!("log {ranges:x?} {page}")));
         Ok(page.max(4096))
+    }
+
+    fn collect_logged(&mut self) -> Result<(), HookError> {
+        self.set(|script| script.log_left = script.slow);
+        Ok(())
+    }
+
+    fn poll_log(&mut self, _now: Time) -> HookState {
+        let mut script = self.0.lock().expect("lock");
+        if script.log_left > 0 {
+            script.log_left -= 1;
+            return HookState::Working;
+        }
+        script.fail_log.take().map_or(HookState::Done, HookState::Failed)
     }
 
     fn report_logged(&mut self, iova: u64, len: u64, page: u64, into: &mut [u8]) -> Result<(), HookError> {
@@ -150,15 +177,15 @@ fn every_way_goes_through_the_steps_of_the_table() {
     let ways: [(u32, u32, &[&str]); 20] = [
         (RUNNING, STOP, &["stop"]),
         (RUNNING, STOP_COPY, &["stop", "hand over"]),
-        (RUNNING, RESUMING, &["stop"]),
+        (RUNNING, RESUMING, &["stop", "prepare"]),
         (RUNNING, PRE_COPY, &["start"]),
         (STOP, RUNNING, &["resume"]),
         (STOP, STOP_COPY, &["hand over"]),
-        (STOP, RESUMING, &[]),
+        (STOP, RESUMING, &["prepare"]),
         (STOP, PRE_COPY, &["resume", "start"]),
         (STOP_COPY, STOP, &[]),
         (STOP_COPY, RUNNING, &["resume"]),
-        (STOP_COPY, RESUMING, &[]),
+        (STOP_COPY, RESUMING, &["prepare"]),
         (RESUMING, STOP, &[]),
         (RESUMING, RUNNING, &["resume"]),
         (RESUMING, STOP_COPY, &["hand over"]),
@@ -166,7 +193,7 @@ fn every_way_goes_through_the_steps_of_the_table() {
         (PRE_COPY, RUNNING, &["resume"]),
         (PRE_COPY, STOP, &["resume", "stop"]),
         (PRE_COPY, STOP_COPY, &["hand over"]),
-        (PRE_COPY, RESUMING, &["resume", "stop"]),
+        (PRE_COPY, RESUMING, &["resume", "stop", "prepare"]),
         (STOP, STOP, &[]),
     ];
     for slow in [0, 3] {
@@ -219,8 +246,8 @@ fn a_reset_leads_to_running_from_everywhere() {
         hooks.calls();
         hooks.set(|script| script.slow = 5);
         rig.ask(command::RESET, &[]).expect("reset");
-        let given_back = usize::from(from != state::RUNNING);
-        assert_eq!((at(&mut rig), hooks.calls().len()), (state::RUNNING, given_back));
+        let given_back = if from == state::RUNNING { vec![] } else { vec!["reset".to_owned()] };
+        assert_eq!((at(&mut rig), hooks.calls()), (state::RUNNING, given_back));
     }
 }
 
@@ -287,7 +314,7 @@ fn a_stream_of_another_kind_of_function_is_refused() {
     go(&mut destination, state::RESUMING).expect("there");
     write(&mut destination, &stream).expect("taken");
     assert_eq!(errno(go(&mut destination, state::STOP)), code::EINVAL);
-    assert_eq!(other.calls(), ["stop"]);
+    assert_eq!(other.calls(), ["stop", "prepare"]);
 }
 
 #[test]
@@ -396,4 +423,71 @@ fn a_client_that_dies_in_a_migration_leaves_a_device_that_runs_or_waits() {
     rig.reconnect();
     rig.hello().expect("the next client");
     assert_eq!((at(&mut rig), hooks.calls()), (state::STOP, vec!["stop".to_string()]));
+}
+
+#[test]
+fn the_function_is_taken_over_with_its_controller_or_not_at_all() {
+    let (mut source, hooks) = rig();
+    source.region_write(region::BAR0, 0x1008, &[9, 0, 0, 0]).expect("doorbell");
+    hooks.set(|script| script.blob = Some(vec![7; 32]));
+    go(&mut source, state::STOP_COPY).expect("there");
+    let stream = read(&mut source, 100_000).expect("stream");
+
+    let (mut destination, there) = rig();
+    go(&mut destination, state::RESUMING).expect("there");
+    there.set(|script| (script.slow, script.fail_later) = (50, Some(HookError::Invalid("no".into()))));
+    write(&mut destination, &stream).expect("taken");
+    assert_eq!((errno(go(&mut destination, state::RUNNING)), at(&mut destination)), (code::EINVAL, state::RESUMING));
+    assert_eq!(destination.server.slot().bar().load32(0x1008), 0, "the controller did not take it");
+    write(&mut destination, &stream).expect("taken again");
+    destination.post(command::DEVICE_FEATURE, &payload(state::STOP), &[]);
+    assert_eq!(destination.reply(20).map(|_| ()), Err(Failure::Nothing));
+    assert_eq!(destination.server.slot().bar().load32(0x1008), 0, "the controller is not through with it");
+    assert!(destination.reply(1_000).expect("through").0.failure().is_none());
+    assert_eq!(destination.server.slot().bar().load32(0x1008), 9);
+}
+
+#[test]
+fn a_stream_that_will_not_come_is_an_error_and_the_next_client_reads_from_the_start() {
+    let (mut rig, hooks) = rig();
+    go(&mut rig, state::STOP_COPY).expect("there");
+    rig.post(command::MIG_DATA_READ, MigData { argsz: 108, size: 100 }.as_bytes(), &[]);
+    assert_eq!(rig.reply(50).map(|_| ()), Err(Failure::Nothing), "withheld");
+    hooks.set(|script| script.no_blob = Some(HookError::Failed("undone".into())));
+    assert_eq!(rig.reply(50).expect("an end").0.failure(), Some(code::EIO));
+    assert_eq!(at(&mut rig), state::STOP_COPY);
+    hooks.set(|script| (script.no_blob, script.blob) = (None, Some(vec![1; 300])));
+    let first = read(&mut rig, 100).expect("part");
+    rig.reconnect();
+    rig.hello().expect("the next client");
+    assert_eq!(at(&mut rig), state::STOP_COPY);
+    assert_eq!(read(&mut rig, 100).expect("part"), first);
+}
+
+#[test]
+fn a_report_waits_for_the_controller() {
+    let (mut rig, hooks) = rig();
+    hooks.set(|script| (script.logging, script.slow) = (true, 30));
+    let start = LoggingStart { page_size: 4096, ..LoggingStart::default() };
+    hooks.set(|script| script.fail_log = Some(HookError::Busy("stopped".into())));
+    assert_eq!(errno(ask(&mut rig, feature::DMA_LOGGING_START, SET, 24, start.as_bytes())), code::EBUSY);
+    let report = LoggingReport { iova: 0, length: 4096, page_size: 4096 };
+    assert_eq!(errno(ask(&mut rig, feature::DMA_LOGGING_REPORT, GET, 64, report.as_bytes())), code::EINVAL, "it did not start");
+    ask(&mut rig, feature::DMA_LOGGING_START, SET, 24, start.as_bytes()).expect("on");
+    hooks.calls();
+    let request = [DeviceFeature { argsz: 64, flags: feature::DMA_LOGGING_REPORT | GET }.as_bytes(), report.as_bytes()].concat();
+    rig.post(command::DEVICE_FEATURE, &request, &[]);
+    assert_eq!(rig.reply(20).map(|_| ()), Err(Failure::Nothing));
+    assert!(hooks.calls().is_empty(), "not before all is collected");
+    assert_eq!(rig.reply(1_000).expect("bitmap").1[32], 0x81);
+    hooks.set(|script| script.fail_log = Some(HookError::Failed("no".into())));
+    assert_eq!(errno(ask(&mut rig, feature::DMA_LOGGING_REPORT, GET, 64, report.as_bytes())), code::EIO);
+    ask(&mut rig, feature::DMA_LOGGING_REPORT, GET, 64, report.as_bytes()).expect("still on");
+    // A client that leaves meanwhile waits for nothing, and the next one begins anew.
+    rig.post(command::DEVICE_FEATURE, &request, &[]);
+    rig.poll();
+    rig.reconnect();
+    rig.hello().expect("the next client");
+    assert!(hooks.calls().contains(&"log off".into()));
+    assert_eq!(errno(ask(&mut rig, feature::DMA_LOGGING_REPORT, GET, 64, report.as_bytes())), code::EINVAL);
 }

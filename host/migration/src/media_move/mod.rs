@@ -38,6 +38,7 @@ pub use desk::{Asker, Clerk, CopyOf, Declined};
 pub use queue::{BackingQueue, BackingShelf, TakeError};
 
 use crate::destination::Destination;
+use crate::hand_over::HandOver;
 use crate::hooks::{FenceControl, GuestSlot, GuestView, Hooks, Journal};
 use crate::mmc::Mmc;
 use crate::parts::Policies;
@@ -141,4 +142,6 @@ pub(crate) enum Way {
     Controller,
     /// The controllers stay.
     Media(Box<dyn BackingExchange>),
+    /// Media and controller state move, and a VM manager has both ends of the guest.
+    HandOver(HandOver),
 }

@@ -1,6 +1,7 @@
 //! Whole migrations between two fakes, under a made-up clock: the rules of the way of the data, a test each.
 
 pub(crate) mod fake;
+mod hand_over;
 mod holes;
 mod left_behind;
 mod marks;
@@ -146,6 +147,14 @@ impl World {
     }
 
     fn with(config: MigrationConfig, prepare: impl FnOnce(&Drive, &Drive), cdq: Box<dyn Seat<Cdq>>) -> Self {
+        Self::of(prepare, cdq, |with| Migration::new(config, with, Time(0)).expect("migration"))
+    }
+
+    fn of(
+        prepare: impl FnOnce(&Drive, &Drive),
+        cdq: Box<dyn Seat<Cdq>>,
+        migration: impl FnOnce(Ingredients) -> Migration,
+    ) -> Self {
         let log = Log::default();
         let source = Drive::new("s", 0, &[SOURCE, 2], BLOCKS, &log);
         let destination = Drive::new("d", 10, &[DESTINATION, 12], BLOCKS, &log);
@@ -175,7 +184,7 @@ impl World {
                 guest: Box::new(Hook(Arc::clone(&log))),
             },
         };
-        let migration = Migration::new(config, with, Time(0)).expect("migration");
+        let migration = migration(with);
         Self { source, destination, log, paper, migration, now: 0, random: 42, writes: 1 }
     }
 
