@@ -27,6 +27,8 @@ pub struct Counters {
     pub socket_errors: u64,
     /// Associations and discovery controllers ended by their keep alive timer.
     pub keep_alive_expired: u64,
+    /// Associations ended because their host kept a controller without enabling it.
+    pub idle_expired: u64,
     /// Associations begun.
     pub associations: u64,
     /// Connect commands refused.

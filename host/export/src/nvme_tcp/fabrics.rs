@@ -92,6 +92,7 @@ impl Core {
     fn connect(&mut self, connection: &mut Connection, entry: &SubmissionEntry, data: &[u8], now: Time) {
         let cid = entry.cdw0.cid();
         if connection.connected || connection.connecting.is_some() {
+            self.counters.connects_refused += 1;
             return connection.respond_status(cid, Status::COMMAND_SEQUENCE.with_dnr());
         }
         if let Err(Refusal(status, dw0)) = self.try_connect(connection, entry, data, now) {

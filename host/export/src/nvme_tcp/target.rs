@@ -185,6 +185,12 @@ impl Target {
         self.live.len()
     }
 
+    /// Bytes that wait for the client that has most of them waiting; data that lies in an association's memory is not counted.
+    #[must_use]
+    pub fn most_queued_bytes(&self) -> usize {
+        self.connections.iter().flatten().map(|connection| connection.out.queued()).max().unwrap_or(0)
+    }
+
     /// The controllers that are in use: SUBNQN, CNTLID and the host's NQN.
     pub fn associations(&self) -> impl Iterator<Item = (&str, u16, &str)> {
         let both = self.core.exported.iter().zip(&self.core.places);
