@@ -53,6 +53,7 @@ enum Stage {
 }
 
 /// Who has the controller.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Host {
     pub(super) nqn: String,
     pub(super) id: [u8; 16],
@@ -152,15 +153,27 @@ impl Place {
         Ok(())
     }
 
+    /// Whether an I/O queue can be connected now.
+    pub(super) fn may_add_queue(&self, qid: u16) -> Result<(), Status> {
+        let (Some(front), Some(stage)) = (&self.front, self.stages.get(usize::from(qid))) else {
+            return Err(Status::INVALID_FIELD);
+        };
+        let serves = front.cc().en() && front.csts().rdy() && !self.resetting && !self.stopping;
+        if serves && *stage == Stage::None { Ok(()) } else { Err(Status::COMMAND_SEQUENCE) }
+    }
+
+    /// Whether the association is this host's.
+    pub(super) fn is_of(&self, host: &Host) -> bool {
+        self.state == State::Active && self.host.as_ref() == Some(host)
+    }
+
     /// Connects an I/O queue; the answer comes when the controller has made it.
     pub(super) fn add_queue(&mut self, connection: usize, qid: u16, entries: u16) -> Result<(), Status> {
+        self.may_add_queue(qid)?;
         let index = usize::from(qid);
         let (Some(front), Some(stage)) = (&mut self.front, self.stages.get_mut(index)) else {
             return Err(Status::INVALID_FIELD);
         };
-        if !front.cc().en() || !front.csts().rdy() || self.resetting || self.stopping || *stage != Stage::None {
-            return Err(Status::COMMAND_SEQUENCE);
-        }
         if !front.prepare_queue(qid, entries) {
             return Err(Status::COMMAND_SEQUENCE);
         }

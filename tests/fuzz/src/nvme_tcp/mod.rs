@@ -433,6 +433,7 @@ fn judge_counters(counters: &Counters, (terms, refused, unexplained): (u64, u64,
         + counters.socket_errors
         + counters.keep_alive_expired
         + counters.idle_expired
+        + counters.late_refusals
         + counters.authentication_failures;
     assert!(causes >= unexplained, "{unexplained} connections have ended without a cause: {counters:?}");
 }

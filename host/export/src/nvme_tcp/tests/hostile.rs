@@ -1,5 +1,6 @@
 //! What fuzzing has found, and what a hostile host may try against others.
 
+use super::authenticate;
 use super::support::*;
 
 /// Everything behind the PDU in error is dropped: no command is executed, no other PDU follows the C2HTermReq.
@@ -83,4 +84,112 @@ fn refused_connects_and_idle_associations_are_counted() {
     }
     assert!(idle.pdu(&mut world).is_none() && idle.closed);
     assert_eq!(world.target.counters().idle_expired, 1);
+}
+
+/// Until it has authenticated a host holds nothing: impostors that connect in its name do not keep it out.
+#[test]
+fn an_impostor_holds_no_controller_and_no_queue() {
+    let secret = Secret::new(None, &[7; 32]).expect("secret");
+    let wrong = Secret::new(None, &[8; 32]).expect("secret");
+    let mut world = World::with(Limits::default(), vec![access(HOST, Some(secret.clone()))]);
+    let connect = |world: &mut World, cntlid: u16| {
+        let mut client = world.greeted(Digests::new());
+        let done = client.connect(world, 0, cntlid, NQN, HOST);
+        assert_ok(&done);
+        assert!(ConnectResponse::from_bits(done.dw0).authentication_required());
+        client
+    };
+    let mut impostors: Vec<Client> = (0..10).map(|at| connect(&mut world, [0xffff, 11, 12][at % 3])).collect();
+    assert_eq!(world.target.associations().count(), 0);
+    let mut admins: Vec<Client> = [0xffff, 12].map(|cntlid| connect(&mut world, cntlid)).into();
+    for admin in &mut admins {
+        assert!(authenticate(admin, &mut world, &secret));
+        assert_ok(&admin.run(&mut world, SubmissionEntry::property_set(offset::CC, false, CC.into())));
+        world.poll(4);
+    }
+    assert_eq!(world.target.associations().map(|(_, cntlid, _)| cntlid).collect::<Vec<_>>(), [11, 12]);
+    // Both are taken now, and it shows in Connect.
+    let mut late = world.greeted(Digests::new());
+    assert!(late.connect(&mut world, 0, 0xffff, NQN, HOST).status().is(fabrics::status::CONTROLLER_BUSY));
+    // An impostor's I/O queue is none: the host's own is made beside it.
+    let mut false_io = world.greeted(Digests::new());
+    assert_ok(&false_io.connect(&mut world, 1, 11, NQN, HOST));
+    let mut io = world.greeted(BOTH);
+    assert_ok(&io.connect(&mut world, 1, 11, NQN, HOST));
+    assert!(authenticate(&mut io, &mut world, &secret));
+    assert_ok(&io.run(&mut world, SubmissionEntry::flush(1)));
+    assert!(!authenticate(&mut false_io, &mut world, &wrong));
+    // Whoever has the secret and comes second is told by the end of its connection.
+    let slow = &mut impostors[0];
+    assert!(authenticate(slow, &mut world, &secret));
+    assert!(slow.pdu(&mut world).is_none());
+    world.now = world.now.after_ms(1_100);
+    world.poll(4);
+    assert!(slow.pdu(&mut world).is_none() && slow.closed);
+    assert_eq!((world.target.counters().late_refusals, world.target.counters().associations), (1, 2));
+    drop(impostors);
+    world.poll(20);
+    assert_ok(&io.run(&mut world, SubmissionEntry::flush(1)));
+    assert_ok(&admins[1].run(&mut world, SubmissionEntry::keep_alive()));
+}
+
+/// An I/O queue is promised by one association; it is not made for the next one's controller, which may be another host's.
+#[test]
+fn a_queue_that_was_promised_ends_with_its_association() {
+    let secret = Secret::new(None, &[7; 32]).expect("secret");
+    let other = "nqn.2014-08.org.nvmexpress:uuid:other";
+    let mut world = World::with(Limits::default(), vec![access(HOST, Some(secret.clone())), access(other, None)]);
+    let mut admin = world.greeted(Digests::new());
+    assert_ok(&admin.connect(&mut world, 0, 11, NQN, HOST));
+    assert!(authenticate(&mut admin, &mut world, &secret));
+    assert_ok(&admin.run(&mut world, SubmissionEntry::property_set(offset::CC, false, CC.into())));
+    world.poll(4);
+    let mut io = world.greeted(Digests::new());
+    assert_ok(&io.connect(&mut world, 1, 11, NQN, HOST));
+    drop(admin);
+    world.poll(20);
+    let mut admin = world.greeted(Digests::new());
+    assert_ok(&admin.connect(&mut world, 0, 11, NQN, other));
+    assert_ok(&admin.run(&mut world, SubmissionEntry::property_set(offset::CC, false, CC.into())));
+    world.poll(4);
+    assert!(authenticate(&mut io, &mut world, &secret), "the host is who it says");
+    io.send(&capsule(SubmissionEntry::flush(1).with_cid(77).with_sgl(SglDescriptor::transport(0)), &[], Digests::new()));
+    assert!(io.pdu(&mut world).is_none(), "but has no queue");
+    assert_eq!(world.target.counters().late_refusals, 1);
+    let mut io = world.greeted(Digests::new());
+    assert_ok(&io.connect(&mut world, 1, 11, NQN, other));
+    assert_ok(&io.run(&mut world, SubmissionEntry::flush(1)));
+}
+
+/// A command that follows the last message of authentication at once waits for the queue that is made then.
+#[test]
+fn commands_wait_for_a_queue_that_was_promised() {
+    let secret = Secret::new(None, &[7; 32]).expect("secret");
+    let mut world = World::with(Limits::default(), vec![access(HOST, Some(secret.clone()))]);
+    let mut admin = world.greeted(Digests::new());
+    assert_ok(&admin.connect(&mut world, 0, 11, NQN, HOST));
+    assert!(authenticate(&mut admin, &mut world, &secret));
+    assert_ok(&admin.run(&mut world, SubmissionEntry::property_set(offset::CC, false, CC.into())));
+    world.poll(4);
+    let mut io = world.greeted(Digests::new());
+    assert_ok(&io.connect(&mut world, 1, 11, NQN, HOST));
+    let config = HostAuthConfig {
+        host_nqn: HOST.into(),
+        subsystem_nqn: NQN.into(),
+        secret,
+        controller_secret: None,
+        hashes: Vec::new(),
+        groups: vec![dray_nvme::auth::DhGroup::Null],
+    };
+    let (mut host, first) = HostAuth::start(config, 1, dray_nvme::auth::Entropy::draw(&mut |bytes| bytes.fill(3)));
+    let send = |message: &[u8]| SubmissionEntry::authentication(true, message.len() as u32);
+    assert_ok(&io.run_with(&mut world, send(&first), &first));
+    let receive = SubmissionEntry::authentication(false, 4096);
+    let HostStep::Send(reply) = host.take(&io.fetch(&mut world, receive, 4096).1) else { panic!("no reply") };
+    assert_ok(&io.run_with(&mut world, send(&reply), &reply));
+    let receive = io.next(receive.with_sgl(SglDescriptor::transport(4096)));
+    let flush = io.next(SubmissionEntry::flush(1).with_sgl(SglDescriptor::transport(0)));
+    io.send(&[capsule(receive, &[], Digests::new()), capsule(flush, &[], Digests::new())].concat());
+    assert_eq!(host.take(&io.fetched(&mut world, receive.cdw0.cid()).1), HostStep::Done);
+    assert_ok(&io.done(&mut world, flush.cdw0.cid()));
 }
