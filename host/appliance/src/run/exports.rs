@@ -5,13 +5,13 @@ use super::fronts::Front;
 use super::sockets::{listen_tcp, listen_unix};
 use crate::assembly::Machine;
 use crate::config::Config;
-use crate::config::export::{Bar0, Export, ExportBy};
+use crate::config::export::{Bar0, DigestChoice, Export, ExportBy};
 use dray_device::poll::{Next, Poll, Progress, Time};
 use dray_device::random::SecureRandom;
 use dray_device::slot::Slot;
 use dray_device::socket::{Listener, TcpListener, UnixListener};
 use dray_export::hooks::NoMigration;
-use dray_export::nvme_tcp::{AnaGroupConfig, ExportedSubsystem, HostAccess, Limits, Target, TargetConfig};
+use dray_export::nvme_tcp::{AnaGroupConfig, DigestPolicy, ExportedSubsystem, HostAccess, Limits, Target, TargetConfig};
 use dray_export::vfio_user::{Bar0Map, PeerPolicy, VfioUserConfig, VfioUserCounters, VfioUserServer};
 use dray_nvme::auth::Secret;
 use dray_nvme::tcp::AnaState;
@@ -366,8 +366,12 @@ fn exported(config: &Config, export: &Export, slots: &Slots<'_>) -> Result<Expor
     nsids.sort_unstable();
     // One group for all: another appliance says of its own that they are not reached there.
     let ana_groups = vec![AnaGroupConfig { id: 1, nsids, state: AnaState::OPTIMIZED }];
+    let digests = match export.digests.as_ref().map(|digests| *digests.get_ref()).unwrap_or_default() {
+        DigestChoice::AsAsked => DigestPolicy::AsAsked,
+        DigestChoice::Required => DigestPolicy::Required,
+    };
     // The controller's own serial number is the subsystem's.
-    Ok(ExportedSubsystem { nqn, serial: String::new(), allowed_hosts, allow_any_host: false, controllers, ana_groups })
+    Ok(ExportedSubsystem { nqn, serial: String::new(), allowed_hosts, allow_any_host: false, digests, controllers, ana_groups })
 }
 
 fn secret(path: &Path) -> Result<Secret, ExportError> {

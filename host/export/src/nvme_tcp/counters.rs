@@ -35,6 +35,8 @@ pub struct Counters {
     pub connects_refused: u64,
     /// Connect commands refused because the host is not on the list.
     pub hosts_refused: u64,
+    /// Connect commands refused because the subsystem requires digests that the host did not ask for.
+    pub digests_refused: u64,
     /// Connections ended because another host was faster: what Connect had promised was gone when they had authenticated.
     pub late_refusals: u64,
     /// Authentications that failed.

@@ -2,6 +2,7 @@
 
 use super::association::{Env, Host, Place, State};
 use super::authentication::Authentication;
+use super::config::DigestPolicy;
 use super::connection::{Claim, Connection, Link};
 use super::discovery::{self, DiscoveryController};
 use super::target::Core;
@@ -165,6 +166,12 @@ impl Core {
         let index = self.exported.iter().position(|exported| exported.config.nqn == subsystem);
         let index = index.ok_or(wrong_data(at::SUBNQN))?;
         let access = self.exported[index].access(host).ok_or(status::INVALID_HOST.with_dnr())?;
+        let digests = connection.rules.digests;
+        if self.exported[index].config.digests == DigestPolicy::Required && !(digests.header() && digests.data()) {
+            tracing::info!(connection = connection.id, host, subsystem, "refused: the subsystem requires header and data digests");
+            self.counters.digests_refused += 1;
+            return Err(Status::OPERATION_DENIED.with_dnr().into());
+        }
         connection.authentication = match access.and_then(|access| access.secret.as_ref().zip(Some(access))) {
             None => Authentication::NotNeeded,
             Some((secret, access)) => {

@@ -34,5 +34,5 @@ mod target;
 mod tests;
 
 pub use counters::Counters;
-pub use config::{AnaGroupConfig, ExportedSubsystem, HostAccess, Limits, TargetConfig, TargetError};
+pub use config::{AnaGroupConfig, DigestPolicy, ExportedSubsystem, HostAccess, Limits, TargetConfig, TargetError};
 pub use target::Target;

@@ -167,6 +167,7 @@ impl World {
             serial: "FUZZ".into(),
             allowed_hosts: hosts,
             allow_any_host: false,
+            digests: Default::default(),
             controllers,
             ana_groups: vec![AnaGroupConfig { id: 1, nsids: vec![nsid], state: AnaState::OPTIMIZED }],
         };

@@ -193,3 +193,23 @@ fn commands_wait_for_a_queue_that_was_promised() {
     assert_eq!(host.take(&io.fetched(&mut world, receive.cdw0.cid()).1), HostStep::Done);
     assert_ok(&io.done(&mut world, flush.cdw0.cid()));
 }
+
+/// Where digests are required, a host that did not ask for both is told so by Connect, and may come again with them.
+#[test]
+fn a_subsystem_may_require_digests() {
+    let mut world = World::requiring_digests();
+    for digests in [Digests::new(), Digests::new().with_header(true), Digests::new().with_data(true)] {
+        let mut client = world.greeted(digests);
+        let done = client.connect(&mut world, 0, 0xFFFF, NQN, HOST);
+        assert!(done.status().is(Status::OPERATION_DENIED) && done.status().dnr(), "{digests:?}: {done:?}");
+        assert_ok(&client.connect(&mut world, 0, 0xFFFF, DISCOVERY_NQN, HOST));
+    }
+    let (mut admin, mut io) = world.associated(BOTH);
+    assert_ok(&io.run(&mut world, SubmissionEntry::flush(1)));
+    // The same for an I/O queue.
+    let mut bare = world.greeted(Digests::new());
+    assert!(bare.connect(&mut world, 2, 11, NQN, HOST).status().is(Status::OPERATION_DENIED));
+    assert_ok(&admin.run(&mut world, SubmissionEntry::keep_alive()));
+    let counters = world.target.counters();
+    assert_eq!((counters.digests_refused, counters.connects_refused, counters.associations), (4, 4, 1));
+}
