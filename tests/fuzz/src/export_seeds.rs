@@ -17,11 +17,14 @@ pub fn nvme_tcp() -> Vec<Vec<u8>> {
     let words: Vec<u8> = (0..12).flat_map(|kind| [0, 8, 0, 0, 22, 2, 24, kind, 0, 24, 0, 24, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 27, 2]).collect();
     let discovery: Vec<u8> =
         [&[0, 8, 0, 0, 9, 0, 0, 0, 1, 1, 4, 11, 0, 0, 0][..], &admin(8, &[0, 255, 0], 8), &admin(6, &[], 8), &admin(0, &[1, 0, 2, 0], 8)].concat();
+    // Twelve log pages of 32 KiB for a host that reads none.
+    let log = admin(8, &[0, 249, 0, 0x38, 233], 0);
+    let slow: Vec<u8> = [&[0, 8, 0, 0, 9, 0, 0, 0, 1, 1, 4, 11, 0, 0, 0, 7, 9, 26, 0][..], &log[..log.len() - 1].repeat(12), &[7, 15, 4]].concat();
     let secret: Vec<u8> = [vec![0, 8, 0, 0, 9, 0, 0x13, 0, 1, 0, 4], [24, 0, 0].repeat(7), vec![24, 0, 7], pages.clone()].concat();
     let stray = [io(0, 4, 3, 8), vec![21, 1, 1, 0, 200, 1]].concat();
     let hasty = [vec![0, 0, 0], [8, 0, 3, 9, 0, 0x03, 0, 1, 0, 4, 28, 0].to_vec(), vec![2, 205]].concat();
     let cut: Vec<u8> = (0..20).flat_map(|byte| [0, 8, 2, 0, 30, 2, 0, 0, byte * 6, 0]).collect();
-    let sessions: [(u8, &[u8]); 22] = [
+    let sessions: [(u8, &[u8]); 23] = [
         (0, &all_io),
         (12, &all_io),
         (4, &all_io),
@@ -44,6 +47,7 @@ pub fn nvme_tcp() -> Vec<Vec<u8>> {
         (0, &[29, 1, 7, 9, 9, 1, 3, 1, 1, 0, 4]),
         (1, &[0, 0, 0, 0, 2, 225, 0, 0, 0, 2, 250]),
         (0, &[2, 250, 2, 250, 7, 15]),
+        (1, &slow),
     ];
     sessions.iter().map(|(flags, steps)| [&[*flags][..], steps].concat()).collect()
 }

@@ -125,13 +125,19 @@ impl Client {
                 Ok(0) => self.closed = true,
                 Ok(len) => {
                     self.inbound.extend_from_slice(&piece[..len]);
+                    // At once: descriptors come with the first byte of their message.
+                    self.cut(&mut replies);
                     continue;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(_) => self.closed = true,
             }
-            break;
+            return replies;
         }
+    }
+
+    /// Cuts what has come into messages.
+    fn cut(&mut self, replies: &mut Vec<(Header, Vec<u8>, Vec<OwnedFd>)>) {
         while let Ok((header, rest)) = Header::read_from_prefix(&self.inbound) {
             assert!(header.is_reply(), "{header:?} is no reply");
             let len = header.payload_len(MOST_PAYLOAD).unwrap_or_else(|| panic!("{header:?}: size"));
@@ -144,7 +150,6 @@ impl Client {
             self.judge(&header, &payload, fds.len());
             replies.push((header, payload, fds));
         }
-        replies
     }
 
     fn judge(&mut self, header: &Header, payload: &[u8], fds: usize) {

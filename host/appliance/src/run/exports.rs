@@ -85,6 +85,8 @@ impl fmt::Display for ExportLabel {
 #[derive(Clone, Debug, Default)]
 pub(super) struct ExportView {
     pub(super) clients: u64,
+    /// Clients among them that have not got through their handshake.
+    pub(super) half_open: u64,
     pub(super) counters: Value,
 }
 
@@ -214,10 +216,12 @@ impl Server {
     fn view(&self) -> ExportView {
         match self {
             Self::VfioUser { server, .. } => {
-                ExportView { clients: server.is_attached().into(), counters: counted(&server.counters()) }
+                let (clients, half_open) = (server.is_attached().into(), server.is_half_open().into());
+                ExportView { clients, half_open, counters: counted(&server.counters()) }
             }
             Self::NvmeTcp { target, .. } => {
-                ExportView { clients: target.connections() as u64, counters: json!(target.counters()) }
+                let (clients, half_open) = (target.connections() as u64, target.half_open() as u64);
+                ExportView { clients, half_open, counters: json!(target.counters()) }
             }
         }
     }
@@ -249,7 +253,8 @@ impl Server {
                 Self::VfioUser { listener: Some(listener), path, server } => match listener.accept() {
                     Ok(Some(stream)) => {
                         if let Err(error) = server.attach(Box::new(stream)) {
-                            tracing::warn!(%error, socket = %path.display(), "a client is not served");
+                            // Counted; whoever connects must not be able to fill the log.
+                            tracing::debug!(%error, socket = %path.display(), "a client is not served");
                         }
                     }
                     Ok(None) => break,
@@ -403,7 +408,7 @@ impl SecureRandom for Urandom {
 fn counted(c: &VfioUserCounters) -> Value {
     json!({
         "clients": c.clients, "refused_busy": c.refused_busy, "refused_peers": c.refused_peers, "left": c.left,
-        "broken_protocol": c.broken_protocol, "broken_memory": c.broken_memory, "requests": c.requests, "refused": c.refused,
-        "stray_fds": c.stray_fds, "maps": c.maps, "unusable_maps": c.unusable_maps, "unmaps": c.unmaps, "resets": c.resets,
+        "broken_protocol": c.broken_protocol, "handshake_timeouts": c.handshake_timeouts, "broken_memory": c.broken_memory,
+        "requests": c.requests, "refused": c.refused, "stray_fds": c.stray_fds, "maps": c.maps, "unusable_maps": c.unusable_maps, "unmaps": c.unmaps, "resets": c.resets,
     })
 }

@@ -401,7 +401,7 @@ impl World {
     fn end(&mut self) {
         self.lost_memory();
         let counters = self.seats[0].server.counters();
-        let ends = counters.left + counters.broken_protocol + counters.broken_memory;
+        let ends = counters.left + counters.broken_protocol + counters.broken_memory + counters.handshake_timeouts;
         assert_eq!(ends, counters.clients, "clients that have gone: {counters:?}");
         assert!(counters.clients + counters.refused_busy <= self.clients, "{} clients: {counters:?}", self.clients);
         assert_eq!(counters.maps + counters.unusable_maps, counters.unmaps, "{counters:?}");
