@@ -76,6 +76,8 @@ pub struct Peer {
     pub link: Option<(u16, u16)>,
     /// Its host has a secret, and has not proved it yet as far as its own messages go.
     pub unproved: bool,
+    /// Its host is not on the list of the subsystem that it wants.
+    pub stranger: bool,
     auth: Option<HostAuth>,
     message: Option<Vec<u8>>,
     proofs: u32,
@@ -147,6 +149,7 @@ impl Peer {
             commands: Vec::new(),
             link: None,
             unproved: false,
+            stranger: false,
             auth: None,
             message: None,
             proofs: 0,
@@ -389,6 +392,7 @@ impl Peer {
         match command.kind {
             Kind::Connect(..) if status.is_error() => self.connects_refused += 1,
             Kind::Connect(qid, _) => {
+                assert!(!self.sane || !self.stranger, "{command:?} of a host that may not connect");
                 self.link = Some((result as u16, qid));
                 self.no_flow_control = ConnectAttributes::from_bits((command.entry.cdw11 >> 16) as u8).no_sq_flow_control();
             }

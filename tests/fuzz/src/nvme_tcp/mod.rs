@@ -321,6 +321,7 @@ impl World {
         let peer = &mut self.peers[at];
         if peer.link.is_none() && !peer.commands.iter().any(|command| matches!(command.kind, Kind::Connect(..))) {
             peer.connects_as(host == 1 && subsystem == HOSTILE);
+            peer.stranger = host == 2 && subsystem == HOSTILE || subsystem == QUIET;
         }
         let entry = SubmissionEntry::connect(qid, entries, ConnectAttributes::from_bits(attributes), 0);
         peer.command(entry, &connect_data(subsystem, HOSTS[host], cntlid), Kind::Connect(qid, cntlid));
