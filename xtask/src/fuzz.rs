@@ -1,4 +1,4 @@
-//! `cargo xtask fuzz`: hostile guests, devices, files, states and policies, for some seconds each.
+//! `cargo xtask fuzz`: hostile guests, devices, files, states, policies and clients, for some seconds each.
 
 use crate::Outcome;
 use crate::process::{become_it, cargo};
@@ -14,7 +14,7 @@ target/fuzz/findings, and the command that runs it again is printed.
 Usage: cargo xtask fuzz [OPTIONS]
 
 Options:
-  --target NAME  controller, driver, config, state or policy; all of them without it
+  --target NAME  controller, driver, config, state, policy, vfio_user or nvme_tcp; all of them without it
   --seconds N    how long each target is mutated; 5 without it
   --seed N       what the mutations follow from; 1 without it
   --replay FILE  run one input of the target that --target names

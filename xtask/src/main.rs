@@ -49,7 +49,7 @@ Commands:
   test     build and run all tests, as continuous integration does
   bench    measure, and write target/bench/summary.json
   sim      run seeds of the simulator: the whole system under faults
-  fuzz     hostile guests, devices, files, states and policies, for some seconds each
+  fuzz     hostile guests, devices, files, states, policies and clients, for some seconds each
   guests   make the virtual machines that tests with stock clients boot
   plugins  build the Wasm policies into target/plugins
 

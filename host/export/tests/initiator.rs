@@ -77,6 +77,7 @@ impl Far {
             serial: "FAR".into(),
             allowed_hosts: hosts,
             allow_any_host: false,
+            digests: Default::default(),
             controllers: controllers.collect(),
             ana_groups: vec![AnaGroupConfig { id: 1, nsids: vec![1], state: AnaState::OPTIMIZED }],
         };

@@ -208,6 +208,7 @@ impl OverTcp {
             serial: String::new(),
             allowed_hosts: vec![HostAccess { nqn: HOST.into(), secret: None, controller_secret: None }],
             allow_any_host: false,
+            digests: Default::default(),
             controllers: vec![(MIGRATABLE, slot)],
             ana_groups: Vec::new(),
         };

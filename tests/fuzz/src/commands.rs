@@ -29,10 +29,50 @@ fn cntlid(input: &mut Input<'_>) -> u16 {
 /// An I/O command that is whole: what it reads and writes is what it says. The second value is the range of blocks of
 /// namespace 1 that it may change.
 pub fn whole_io(party: &Party, input: &mut Input<'_>) -> (SubmissionEntry, Option<(u64, u64)>) {
+    let (entry, range) = whole(input);
+    (party.with_pointer(entry, input), range)
+}
+
+/// An I/O command over fabrics; the data pointer is the caller's.
+pub fn fabric_io(input: &mut Input<'_>) -> SubmissionEntry {
+    not_fabrics(match input.below(8) {
+        0..=4 => whole(input).0,
+        5 => SubmissionEntry::dsm(nsid(input), input.number16() & 0xff),
+        6 => SubmissionEntry::copy(nsid(input), input.number(), input.number16() & 0xff),
+        _ => odd(SubmissionEntry::default(), input),
+    })
+}
+
+/// An admin command over fabrics; the data pointer is the caller's.
+pub fn fabric_admin(input: &mut Input<'_>) -> SubmissionEntry {
+    not_fabrics(match input.below(12) {
+        0 | 1 => SubmissionEntry::identify(Cns(input.u8() & 0x3f), nsid(input), cntlid(input), CommandSetId(input.u8() & 3)),
+        2 => SubmissionEntry::get_log_page(LogId(input.u8() & 31), nsid(input), input.number(), input.number32() & 0xfff, input.flag()),
+        3 => SubmissionEntry { cdw12: input.number32(), ..SubmissionEntry::set_features(feature(input), input.number32(), input.flag()) },
+        4 => SubmissionEntry::get_features(feature(input), FeatureSelect(input.u8() & 3), input.number32()),
+        5 => SubmissionEntry::abort(input.number16(), input.number16()),
+        6 => SubmissionEntry::async_event_request(),
+        7 => SubmissionEntry::keep_alive(),
+        // Room for the log of discovery, whole.
+        8 => SubmissionEntry::get_log_page(LogId(0x70), 0, input.number(), input.number32() & 0xffff, input.flag()),
+        9 => any(input),
+        _ => odd(SubmissionEntry::default(), input),
+    })
+}
+
+/// Fabrics commands are made by those who know what they do.
+fn not_fabrics(mut entry: SubmissionEntry) -> SubmissionEntry {
+    if entry.cdw0.opcode() == dray_nvme::tcp::fabrics::OPCODE {
+        entry.cdw0.set_opcode(0x7e);
+    }
+    entry
+}
+
+fn whole(input: &mut Input<'_>) -> (SubmissionEntry, Option<(u64, u64)>) {
     let (which, nsid) = (input.below(8), nsid(input));
     let (slba, blocks) = (input.number(), input.number32() % 40 + 1);
     let range = Some((slba, slba.saturating_add(blocks.into()))).filter(|_| nsid == 1);
-    let (entry, range) = match which {
+    match which {
         0 | 1 => (SubmissionEntry::write(nsid, slba, blocks), range),
         2 => (SubmissionEntry::read(nsid, slba, blocks), None),
         3 => (SubmissionEntry::compare(nsid, slba, blocks), None),
@@ -40,8 +80,7 @@ pub fn whole_io(party: &Party, input: &mut Input<'_>) -> (SubmissionEntry, Optio
         5 => (SubmissionEntry::write_zeroes(nsid, slba, blocks, input.flag()), range),
         6 => (SubmissionEntry::write_uncorrectable(nsid, slba, blocks), range),
         _ => (SubmissionEntry::flush(nsid), None),
-    };
-    (party.with_pointer(entry, input), range)
+    }
 }
 
 /// Any I/O command.

@@ -33,6 +33,8 @@ pub struct Export {
     pub bar0: Option<Spanned<Bar0>>,
     /// NVMe/TCP: address and port; [`DEFAULT_LISTEN`] without it. Port 0 takes any free one.
     pub listen: Option<Spanned<String>>,
+    /// NVMe/TCP: which digests connections have.
+    pub digests: Option<Spanned<DigestChoice>>,
     /// NVMe/TCP: who may connect.
     pub hosts: Option<Vec<Host>>,
 }
@@ -69,6 +71,17 @@ pub enum Bar0 {
     Whole,
     /// Nothing: each doorbell is a message.
     Trapped,
+}
+
+/// Which digests (CRC-32C) the connections of an NVMe/TCP export have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DigestChoice {
+    /// Those that a host asks for.
+    #[default]
+    AsAsked,
+    /// Header and data digests: a host that does not ask for both is refused.
+    Required,
 }
 
 /// A host that may connect.
@@ -214,6 +227,7 @@ fn check_keys(export: &Export) -> Result<(), Problem> {
         (ExportBy::NvmeTcp, Export { socket: Some(place), .. }) => (place.span(), "socket", "vfio-user"),
         (ExportBy::NvmeTcp, Export { bar0: Some(place), .. }) => (place.span(), "bar0", "vfio-user"),
         (ExportBy::VfioUser, Export { listen: Some(place), .. }) => (place.span(), "listen", "nvme-tcp"),
+        (ExportBy::VfioUser, Export { digests: Some(place), .. }) => (place.span(), "digests", "nvme-tcp"),
         (ExportBy::VfioUser, Export { hosts: Some(_), .. }) => (export.by.span(), "hosts", "nvme-tcp"),
         _ => return Ok(()),
     };

@@ -119,6 +119,11 @@ fn exports_have_defaults() {
     assert!(export.socket_path(&config).ends_with("target/dray/state/a-2.sock"));
     let config = parse(&with(TCP).0).expect("good");
     assert_eq!(config.file.exports[0].address().map(|a| a.to_string()).as_deref(), Some(export::DEFAULT_LISTEN));
+    assert!(config.file.exports[0].digests.is_none());
+    for (text, choice) in [("as-asked", export::DigestChoice::AsAsked), ("required", export::DigestChoice::Required)] {
+        let config = parse(&with(&format!("{TCP}digests = \"{text}\"\n")).0).expect("good");
+        assert_eq!(config.file.exports[0].digests.as_ref().map(|digests| *digests.get_ref()), Some(choice));
+    }
     let management = VFIO.replace("controller = 2", "controller = 1");
     parse(&with(&format!("{VFIO}{management}{}", management.replace("\"a\"", "\"b\""))).0).expect("good");
 }
@@ -134,6 +139,8 @@ fn each_mistake_of_an_export_names_its_line_and_what_would_be_right() {
         (VFIO, "controller = 2", "controler = 2", 3, &["controler", "controller"]),
         (VFIO, "by =", "listen = \"127.0.0.1:1\"\nby =", 4, &["listen", "nvme-tcp", "remove"]),
         (VFIO, "by =", "bar0 = \"all\"\nby =", 4, &["all", "doorbells", "whole", "trapped"]),
+        (VFIO, "by =", "digests = \"required\"\nby =", 4, &["digests", "nvme-tcp", "remove"]),
+        (TCP, "by =", "digests = \"on\"\nby =", 4, &["on", "as-asked", "required"]),
         (TCP, "controller = 2", "controller = 1", 4, &["management controller", "vfio-user"]),
         (TCP, "by =", "listen = \"localhost\"\nby =", 4, &["localhost", "127.0.0.1:4420"]),
         (TCP, "by =", "socket = \"x\"\nby =", 4, &["socket", "vfio-user"]),

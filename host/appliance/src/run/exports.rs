@@ -5,13 +5,13 @@ use super::fronts::Front;
 use super::sockets::{listen_tcp, listen_unix};
 use crate::assembly::Machine;
 use crate::config::Config;
-use crate::config::export::{Bar0, Export, ExportBy};
+use crate::config::export::{Bar0, DigestChoice, Export, ExportBy};
 use dray_device::poll::{Next, Poll, Progress, Time};
 use dray_device::random::SecureRandom;
 use dray_device::slot::Slot;
 use dray_device::socket::{Listener, TcpListener, UnixListener};
 use dray_export::hooks::MigrationHooks;
-use dray_export::nvme_tcp::{AnaGroupConfig, ExportedSubsystem, HostAccess, Limits, Target, TargetConfig};
+use dray_export::nvme_tcp::{AnaGroupConfig, DigestPolicy, ExportedSubsystem, HostAccess, Limits, Target, TargetConfig};
 use dray_export::vfio_user::{Bar0Map, PeerPolicy, VfioUserConfig, VfioUserCounters, VfioUserServer};
 use dray_nvme::auth::Secret;
 use dray_nvme::tcp::AnaState;
@@ -85,6 +85,8 @@ impl fmt::Display for ExportLabel {
 #[derive(Clone, Debug, Default)]
 pub(super) struct ExportView {
     pub(super) clients: u64,
+    /// Clients among them that have not got through their handshake.
+    pub(super) half_open: u64,
     pub(super) counters: Value,
 }
 
@@ -234,10 +236,12 @@ impl Server {
     fn view(&self) -> ExportView {
         match self {
             Self::VfioUser { server, .. } => {
-                ExportView { clients: server.is_attached().into(), counters: counted(&server.counters()) }
+                let (clients, half_open) = (server.is_attached().into(), server.is_half_open().into());
+                ExportView { clients, half_open, counters: counted(&server.counters()) }
             }
             Self::NvmeTcp { target, .. } => {
-                ExportView { clients: target.connections() as u64, counters: json!(target.counters()) }
+                let (clients, half_open) = (target.connections() as u64, target.half_open() as u64);
+                ExportView { clients, half_open, counters: json!(target.counters()) }
             }
         }
     }
@@ -269,7 +273,8 @@ impl Server {
                 Self::VfioUser { listener: Some(listener), path, server } => match listener.accept() {
                     Ok(Some(stream)) => {
                         if let Err(error) = server.attach(Box::new(stream)) {
-                            tracing::warn!(%error, socket = %path.display(), "a client is not served");
+                            // Counted; whoever connects must not be able to fill the log.
+                            tracing::debug!(%error, socket = %path.display(), "a client is not served");
                         }
                     }
                     Ok(None) => break,
@@ -386,8 +391,12 @@ fn exported(config: &Config, export: &Export, slots: &Slots<'_>) -> Result<Expor
     nsids.sort_unstable();
     // One group for all: another appliance says of its own that they are not reached there.
     let ana_groups = vec![AnaGroupConfig { id: 1, nsids, state: AnaState::OPTIMIZED }];
+    let digests = match export.digests.as_ref().map(|digests| *digests.get_ref()).unwrap_or_default() {
+        DigestChoice::AsAsked => DigestPolicy::AsAsked,
+        DigestChoice::Required => DigestPolicy::Required,
+    };
     // The controller's own serial number is the subsystem's.
-    Ok(ExportedSubsystem { nqn, serial: String::new(), allowed_hosts, allow_any_host: false, controllers, ana_groups })
+    Ok(ExportedSubsystem { nqn, serial: String::new(), allowed_hosts, allow_any_host: false, digests, controllers, ana_groups })
 }
 
 fn secret(path: &Path) -> Result<Secret, ExportError> {
@@ -419,7 +428,7 @@ impl SecureRandom for Urandom {
 fn counted(c: &VfioUserCounters) -> Value {
     json!({
         "clients": c.clients, "refused_busy": c.refused_busy, "refused_peers": c.refused_peers, "left": c.left,
-        "broken_protocol": c.broken_protocol, "broken_memory": c.broken_memory, "requests": c.requests, "refused": c.refused,
-        "stray_fds": c.stray_fds, "maps": c.maps, "unusable_maps": c.unusable_maps, "unmaps": c.unmaps, "resets": c.resets,
+        "broken_protocol": c.broken_protocol, "handshake_timeouts": c.handshake_timeouts, "broken_memory": c.broken_memory,
+        "requests": c.requests, "refused": c.refused, "stray_fds": c.stray_fds, "maps": c.maps, "unusable_maps": c.unusable_maps, "unmaps": c.unmaps, "resets": c.resets,
     })
 }

@@ -46,7 +46,7 @@ pub(super) fn value(appliance: &Appliance, view: &CoreView) -> Value {
     let exports = appliance.exports.iter().zip(&view.exports).map(|(label, seen)| {
         json!({
             "subsystem": label.subsystem, "controllers": label.controllers, "by": label.by, "address": label.address,
-            "clients": seen.clients, "counters": seen.counters,
+            "clients": seen.clients, "half_open": seen.half_open, "counters": seen.counters,
         })
     });
     let policies = policies(config).map(|(role, policy)| json!({ "role": role, "component": policy.component.get_ref() }));

@@ -53,6 +53,7 @@ enum Stage {
 }
 
 /// Who has the controller.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Host {
     pub(super) nqn: String,
     pub(super) id: [u8; 16],
@@ -79,6 +80,8 @@ pub(super) struct Place {
     deletes: Vec<u16>,
     /// CC.EN has fallen and the controller is not done with it.
     pub(super) resetting: bool,
+    /// CC.SHN says that the controller is to shut down: it takes no more commands until it is reset.
+    pub(super) stopping: bool,
     /// I/O connections are to be ended.
     hang_up: bool,
     pub(super) events: u32,
@@ -104,6 +107,7 @@ impl Place {
             parked: VecDeque::with_capacity(queues * usize::from(limits.queue_entries)),
             deletes: Vec::with_capacity(queues),
             resetting: false,
+            stopping: false,
             hang_up: false,
             events: 0,
             ana_told: 0,
@@ -140,7 +144,7 @@ impl Place {
         self.stages.fill(Stage::None);
         self.parked.clear();
         self.deletes.clear();
-        (self.resetting, self.hang_up, self.taking_back) = (false, false, false);
+        (self.resetting, self.stopping, self.hang_up, self.taking_back) = (false, false, false, false);
         (self.events, self.ana_told) = (0, env.exported.ana_changes);
         self.links[0] = Some(connection);
         (self.host, self.kato_ms, self.alive, self.timed) = (Some(host), kato_ms, env.now, false);
@@ -149,15 +153,27 @@ impl Place {
         Ok(())
     }
 
+    /// Whether an I/O queue can be connected now.
+    pub(super) fn may_add_queue(&self, qid: u16) -> Result<(), Status> {
+        let (Some(front), Some(stage)) = (&self.front, self.stages.get(usize::from(qid))) else {
+            return Err(Status::INVALID_FIELD);
+        };
+        let serves = front.cc().en() && front.csts().rdy() && !self.resetting && !self.stopping;
+        if serves && *stage == Stage::None { Ok(()) } else { Err(Status::COMMAND_SEQUENCE) }
+    }
+
+    /// Whether the association is this host's.
+    pub(super) fn is_of(&self, host: &Host) -> bool {
+        self.state == State::Active && self.host.as_ref() == Some(host)
+    }
+
     /// Connects an I/O queue; the answer comes when the controller has made it.
     pub(super) fn add_queue(&mut self, connection: usize, qid: u16, entries: u16) -> Result<(), Status> {
+        self.may_add_queue(qid)?;
         let index = usize::from(qid);
         let (Some(front), Some(stage)) = (&mut self.front, self.stages.get_mut(index)) else {
             return Err(Status::INVALID_FIELD);
         };
-        if !front.cc().en() || !front.csts().rdy() || self.resetting || *stage != Stage::None {
-            return Err(Status::COMMAND_SEQUENCE);
-        }
         if !front.prepare_queue(qid, entries) {
             return Err(Status::COMMAND_SEQUENCE);
         }
@@ -235,6 +251,7 @@ impl Place {
         if before.en() && !cc.en() {
             (self.resetting, self.hang_up) = (true, true);
         }
+        self.stopping = cc.en() && cc.shn() != ShutdownNotification::NONE;
         front.write_cc(cc);
         Ok(())
     }
@@ -403,6 +420,7 @@ impl Place {
                 env.counters.keep_alive_expired += 1;
             } else {
                 tracing::warn!(cntlid = self.cntlid, "a host has kept a controller without enabling it");
+                env.counters.idle_expired += 1;
             }
             self.finish(connections);
             return 1;
@@ -475,7 +493,7 @@ impl Place {
         let (entry, len, purpose) = (command.entry, command.len, command.purpose);
         if purpose != Purpose::Host {
             front.release(qid, index);
-            self.own_completed(purpose, done.status(), connections);
+            self.own_completed(purpose, done.status(), connections, env.counters);
             return;
         }
         let link = self.links.get(usize::from(qid)).copied().flatten();
@@ -522,7 +540,7 @@ impl Place {
     }
 
     /// A command of the target's own has completed.
-    fn own_completed(&mut self, purpose: Purpose, status: Status, connections: &mut Connections) {
+    fn own_completed(&mut self, purpose: Purpose, status: Status, connections: &mut Connections, counters: &mut Counters) {
         let Some(front) = &mut self.front else { return };
         let link = |links: &[Option<usize>], qid: u16| links.get(usize::from(qid)).copied().flatten();
         match purpose {
@@ -531,12 +549,12 @@ impl Place {
                     && front.create_sq(qid).is_some_and(|entry| front.submit_own(Purpose::CreateSq(qid), entry));
                 if !made {
                     front.remove_queue(qid);
-                    self.queue_failed(qid, connections);
+                    self.queue_failed(qid, connections, counters);
                 }
             }
             Purpose::CreateSq(qid) if status.is_error() => {
                 front.submit_own(Purpose::DeleteCq(qid), SubmissionEntry::delete_io_cq(qid));
-                self.queue_failed(qid, connections);
+                self.queue_failed(qid, connections, counters);
                 self.stages[usize::from(qid)] = Stage::Deleting;
             }
             Purpose::CreateSq(qid) => {
@@ -560,10 +578,11 @@ impl Place {
         }
     }
 
-    fn queue_failed(&mut self, qid: u16, connections: &mut Connections) {
+    fn queue_failed(&mut self, qid: u16, connections: &mut Connections, counters: &mut Counters) {
         self.stages[usize::from(qid)] = Stage::None;
         let link = self.links[usize::from(qid)].take();
         if let Some(Some(connection)) = link.and_then(|link| connections.get_mut(link)) {
+            counters.connects_refused += 1;
             connection.connect_failed();
         }
     }

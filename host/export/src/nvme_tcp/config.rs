@@ -120,6 +120,17 @@ pub struct AnaGroupConfig {
     pub state: AnaState,
 }
 
+/// Which digests a subsystem wants of its hosts. They are agreed before a host says where it wants to go, so a host without
+/// them is refused by Connect.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DigestPolicy {
+    /// Those that the host asks for.
+    #[default]
+    AsAsked,
+    /// Header and data digests, or no Connect.
+    Required,
+}
+
 /// A subsystem as hosts see it.
 #[derive(Clone, Debug)]
 pub struct ExportedSubsystem {
@@ -131,6 +142,8 @@ pub struct ExportedSubsystem {
     pub allowed_hosts: Vec<HostAccess>,
     /// Any host may connect; those that are listed with a secret must authenticate nevertheless.
     pub allow_any_host: bool,
+    /// Which digests its connections have.
+    pub digests: DigestPolicy,
     /// Its controllers: the CNTLID that hosts see, and the slot that is pointed at it. The slot belongs to the target alone.
     pub controllers: Vec<(u16, Slot)>,
     /// ANA groups; empty for no ANA reporting.

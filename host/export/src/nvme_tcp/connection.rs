@@ -1,5 +1,6 @@
 //! One connection: what state it is in, and how it answers.
 
+use super::association::Host;
 use super::authentication::Authentication;
 use super::discovery::DiscoveryController;
 use super::receive::{Fatal, Inbox, Rules};
@@ -19,6 +20,17 @@ pub(super) enum Link {
     Discovery(Box<DiscoveryController>),
     /// A queue of an exported controller.
     Queue { subsystem: usize, place: usize, qid: u16 },
+}
+
+/// What a connection that has to authenticate gets when it has: until then it holds nothing that another could want.
+pub(super) struct Claim {
+    pub(super) subsystem: usize,
+    pub(super) place: usize,
+    pub(super) qid: u16,
+    /// Entries of the queue.
+    pub(super) entries: u16,
+    pub(super) host: Host,
+    pub(super) kato_ms: u32,
 }
 
 /// Where the data of the PDU under way goes.
@@ -60,6 +72,10 @@ pub(super) struct Connection {
     pub(super) connecting: Option<u16>,
     /// The controller that it is for.
     pub(super) cntlid: u16,
+    /// What it was promised by Connect, and gets once it has authenticated.
+    pub(super) claim: Option<Claim>,
+    /// The I/O queue that it was promised is being made: commands wait.
+    pub(super) settling: bool,
     pub(super) authentication: Authentication,
     pub(super) sink: Sink,
     /// The fabrics command whose data is coming.
@@ -100,6 +116,8 @@ impl Connection {
             connected: false,
             connecting: None,
             cntlid: 0,
+            claim: None,
+            settling: false,
             authentication: Authentication::NotNeeded,
             sink: Sink::Discard,
             pending: SubmissionEntry::default(),
@@ -133,7 +151,7 @@ impl Connection {
     /// Whether PDUs are taken from the client.
     #[inline]
     pub(super) fn is_listening(&self) -> bool {
-        self.end == End::No && !self.out.is_full()
+        self.end == End::No && !self.settling && !self.out.is_full()
     }
 
     /// The connection ends at once.

@@ -27,12 +27,18 @@ pub struct Counters {
     pub socket_errors: u64,
     /// Associations and discovery controllers ended by their keep alive timer.
     pub keep_alive_expired: u64,
+    /// Associations ended because their host kept a controller without enabling it.
+    pub idle_expired: u64,
     /// Associations begun.
     pub associations: u64,
     /// Connect commands refused.
     pub connects_refused: u64,
     /// Connect commands refused because the host is not on the list.
     pub hosts_refused: u64,
+    /// Connect commands refused because the subsystem requires digests that the host did not ask for.
+    pub digests_refused: u64,
+    /// Connections ended because another host was faster: what Connect had promised was gone when they had authenticated.
+    pub late_refusals: u64,
     /// Authentications that failed.
     pub authentication_failures: u64,
     /// Commands passed to controllers.

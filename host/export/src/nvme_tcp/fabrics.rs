@@ -1,8 +1,9 @@
 //! Fabrics commands: Connect, properties, Disconnect (Base 2.3 §6).
 
-use super::association::{Env, Host};
+use super::association::{Env, Host, Place, State};
 use super::authentication::Authentication;
-use super::connection::{Connection, Link};
+use super::config::DigestPolicy;
+use super::connection::{Claim, Connection, Link};
 use super::discovery::{self, DiscoveryController};
 use super::target::Core;
 use dray_device::poll::Time;
@@ -45,8 +46,9 @@ mod at {
 }
 
 impl Connection {
-    /// Connect of an I/O queue has succeeded.
+    /// Connect has succeeded, or the I/O queue that was promised is there.
     pub(super) fn connect_succeeded(&mut self) {
+        self.settling = false;
         let Some(cid) = self.connecting.take() else { return };
         self.connected = true;
         if self.authentication.is_open() {
@@ -56,12 +58,39 @@ impl Connection {
         self.respond(cid, Status::SUCCESS, (response.into_bits() | u32::from(self.cntlid)).into());
     }
 
-    /// Connect of an I/O queue has failed.
+    /// Connect of an I/O queue has failed; one that was promised ends its connection.
     pub(super) fn connect_failed(&mut self) {
         self.link = Link::None;
+        if std::mem::take(&mut self.settling) {
+            self.finish();
+        }
         if let Some(cid) = self.connecting.take() {
             self.respond_status(cid, Status::NOT_ENOUGH_RESOURCES);
         }
+    }
+}
+
+impl Connection {
+    /// Begins the association that was claimed.
+    fn take_controller(&mut self, place: &mut Place, claim: Claim, env: &mut Env<'_>) -> Result<(), Status> {
+        let Claim { subsystem, place: at, entries, host, kato_ms, .. } = claim;
+        place.begin(self.id, host, kato_ms, env)?;
+        self.link = Link::Queue { subsystem, place: at, qid: 0 };
+        if let Some(front) = &place.front {
+            self.out.attach(front.memory().clone(), usize::from(entries));
+        }
+        Ok(())
+    }
+
+    /// Begins to make the I/O queue that was claimed.
+    fn take_queue(&mut self, place: &mut Place, claim: &Claim) -> Result<(), Status> {
+        place.add_queue(self.id, claim.qid, claim.entries)?;
+        self.link = Link::Queue { subsystem: claim.subsystem, place: claim.place, qid: claim.qid };
+        if let Some(front) = &place.front {
+            self.out.attach(front.memory().clone(), usize::from(claim.entries));
+        }
+        place.ring();
+        Ok(())
     }
 }
 
@@ -77,8 +106,12 @@ impl Core {
             FabricsType::CONNECT => self.connect(connection, entry, data, now),
             FabricsType::AUTHENTICATION_SEND => {
                 connection.authentication_send(entry, data, &mut *self.random, &mut self.counters, now);
+                self.honour(connection, now);
             }
-            FabricsType::AUTHENTICATION_RECEIVE => connection.authentication_receive(entry, &mut self.counters, now),
+            FabricsType::AUTHENTICATION_RECEIVE => {
+                connection.authentication_receive(entry, &mut self.counters, now);
+                self.honour(connection, now);
+            }
             _ if !connection.authentication.is_open() => {
                 connection.respond_status(cid, status::AUTHENTICATION_REQUIRED.with_dnr());
             }
@@ -92,6 +125,7 @@ impl Core {
     fn connect(&mut self, connection: &mut Connection, entry: &SubmissionEntry, data: &[u8], now: Time) {
         let cid = entry.cdw0.cid();
         if connection.connected || connection.connecting.is_some() {
+            self.counters.connects_refused += 1;
             return connection.respond_status(cid, Status::COMMAND_SEQUENCE.with_dnr());
         }
         if let Err(Refusal(status, dw0)) = self.try_connect(connection, entry, data, now) {
@@ -132,6 +166,12 @@ impl Core {
         let index = self.exported.iter().position(|exported| exported.config.nqn == subsystem);
         let index = index.ok_or(wrong_data(at::SUBNQN))?;
         let access = self.exported[index].access(host).ok_or(status::INVALID_HOST.with_dnr())?;
+        let digests = connection.rules.digests;
+        if self.exported[index].config.digests == DigestPolicy::Required && !(digests.header() && digests.data()) {
+            tracing::info!(connection = connection.id, host, subsystem, "refused: the subsystem requires header and data digests");
+            self.counters.digests_refused += 1;
+            return Err(Status::OPERATION_DENIED.with_dnr().into());
+        }
         connection.authentication = match access.and_then(|access| access.secret.as_ref().zip(Some(access))) {
             None => Authentication::NotNeeded,
             Some((secret, access)) => {
@@ -198,25 +238,49 @@ impl Core {
         if !known {
             return Err(wrong_data(at::CNTLID));
         }
+        let open = connection.authentication.is_open();
         let mut env = Env { counters: &mut self.counters, limits: &self.limits, exported, now };
         for (at, place) in self.places[index].iter_mut().enumerate() {
             if wanted != CNTLID_DYNAMIC && place.cntlid != wanted {
                 continue;
             }
             let host = Host { nqn: host.to_owned(), id: data.hostid };
-            if place.begin(connection.id, host, command.kato, &mut env).is_err() {
+            let claim = Claim { subsystem: index, place: at, qid: 0, entries: command.sqsize + 1, host, kato_ms: command.kato };
+            if !open {
+                // Whoever authenticates first gets it.
+                if place.state != State::Free {
+                    continue;
+                }
+                connection.claim = Some(claim);
+            } else if connection.take_controller(place, claim, &mut env).is_err() {
                 continue;
             }
-            connection.link = Link::Queue { subsystem: index, place: at, qid: 0 };
             connection.cntlid = place.cntlid;
-            if let Some(front) = &place.front {
-                connection.out.attach(front.memory().clone(), usize::from(command.sqsize) + 1);
-            }
             connection.connecting = Some(entry.cdw0.cid());
             connection.connect_succeeded();
             return Ok(());
         }
         Err(status::CONTROLLER_BUSY.into())
+    }
+
+    /// Gives a connection that has authenticated what Connect has promised; if another was faster, it ends.
+    fn honour(&mut self, connection: &mut Connection, now: Time) {
+        let Some(claim) = connection.claim.take_if(|_| connection.authentication.is_open()) else { return };
+        let exported = &self.exported[claim.subsystem];
+        let place = &mut self.places[claim.subsystem][claim.place];
+        let mut env = Env { counters: &mut self.counters, limits: &self.limits, exported, now };
+        let taken = match claim.qid {
+            0 => connection.take_controller(place, claim, &mut env),
+            _ if !place.is_of(&claim.host) => Err(status::CONTROLLER_BUSY),
+            _ => connection.take_queue(place, &claim),
+        };
+        if let Err(status) = taken {
+            tracing::info!(connection = connection.id, %status, "a host has authenticated, and what it wanted is not to be had any more");
+            self.counters.late_refusals += 1;
+            connection.finish();
+            return;
+        }
+        connection.settling = matches!(connection.link, Link::Queue { qid: 1.., .. });
     }
 
     fn connect_io(
@@ -243,14 +307,18 @@ impl Core {
         if command.sqsize >= place.max_entries() {
             return Err(wrong_command(at::SQSIZE));
         }
-        place.add_queue(connection.id, command.qid, command.sqsize + 1)?;
-        connection.link = Link::Queue { subsystem: index, place: at, qid: command.qid };
         connection.cntlid = place.cntlid;
-        connection.connecting = Some(entry.cdw0.cid());
-        if let Some(front) = &place.front {
-            connection.out.attach(front.memory().clone(), usize::from(command.sqsize) + 1);
+        let host = Host { nqn: host.to_owned(), id: data.hostid };
+        let claim = Claim { subsystem: index, place: at, qid: command.qid, entries: command.sqsize + 1, host, kato_ms: 0 };
+        if !connection.authentication.is_open() {
+            place.may_add_queue(command.qid)?;
+            connection.claim = Some(claim);
+            connection.connecting = Some(entry.cdw0.cid());
+            connection.connect_succeeded();
+            return Ok(());
         }
-        place.ring();
+        connection.take_queue(place, &claim)?;
+        connection.connecting = Some(entry.cdw0.cid());
         Ok(())
     }
 

@@ -5,7 +5,8 @@
 //! queues, completions are read from its completion queues by phase tag. So whatever may happen to a slot's controller
 //! (suspend, move, fence) happens under it unseen: commands wait.
 //!
-//! One host's association takes one of a subsystem's exported controllers; the static parts ([`Limits`]) bound what it can hold.
+//! One host's association takes one of a subsystem's exported controllers, if it must authenticate: when it has, so that nobody
+//! keeps another out by its name. The static parts ([`Limits`]) bound what it can hold.
 //! What one client does wrong ends that client's connection, with a C2HTermReq where the transport asks for one, and counts
 //! ([`Counters`]).
 //!
@@ -33,5 +34,5 @@ mod target;
 mod tests;
 
 pub use counters::Counters;
-pub use config::{AnaGroupConfig, ExportedSubsystem, HostAccess, Limits, TargetConfig, TargetError};
+pub use config::{AnaGroupConfig, DigestPolicy, ExportedSubsystem, HostAccess, Limits, TargetConfig, TargetError};
 pub use target::Target;

@@ -31,6 +31,10 @@ impl Place {
     pub(super) fn plan(&mut self, qid: u16, entry: &SubmissionEntry, in_capsule: u32, env: &mut Env<'_>) -> Plan {
         let Some(front) = &self.front else { return refuse(Status::INTERNAL_ERROR) };
         let sgl = entry.sgl();
+        if self.stopping {
+            // The controller would never take it.
+            return refuse(Status::COMMAND_SEQUENCE);
+        }
         if entry.cdw0.psdt() != Psdt::SGL_MPTR_BUFFER || entry.cdw0.fuse() != Fuse::NORMAL {
             return refuse(Status::INVALID_FIELD);
         }

@@ -55,10 +55,16 @@ impl Outbox {
         self.pieces.is_empty()
     }
 
+    /// Bytes of headers and pages that wait.
+    #[inline]
+    pub(super) fn queued(&self) -> usize {
+        self.bytes.len() - self.gone
+    }
+
     /// The client reads too slowly to be served more.
     #[inline]
     pub(super) fn is_full(&self) -> bool {
-        self.bytes.len() - self.gone > FULL
+        self.queued() > FULL
     }
 
     /// Raw bytes.

@@ -185,6 +185,18 @@ impl Target {
         self.live.len()
     }
 
+    /// Connections that have not got through Connect and authentication.
+    #[must_use]
+    pub fn half_open(&self) -> usize {
+        self.connections.iter().flatten().filter(|connection| connection.is_half_open()).count()
+    }
+
+    /// Bytes that wait for the client that has most of them waiting; data that lies in an association's memory is not counted.
+    #[must_use]
+    pub fn most_queued_bytes(&self) -> usize {
+        self.connections.iter().flatten().map(|connection| connection.out.queued()).max().unwrap_or(0)
+    }
+
     /// The controllers that are in use: SUBNQN, CNTLID and the host's NQN.
     pub fn associations(&self) -> impl Iterator<Item = (&str, u16, &str)> {
         let both = self.core.exported.iter().zip(&self.core.places);
@@ -279,7 +291,7 @@ impl Target {
                 connection.abandon();
             }
             End::No if connection.is_half_open() && now > connection.proof_deadline(limits) => {
-                tracing::info!(connection = id, "a client did not get through Connect and authentication in time");
+                tracing::debug!(connection = id, "a client did not get through Connect and authentication in time");
                 counters.handshake_timeouts += 1;
                 connection.abandon();
             }

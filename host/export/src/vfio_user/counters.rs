@@ -13,6 +13,8 @@ pub struct VfioUserCounters {
     pub left: u64,
     /// Clients disconnected for a header that is malformed, a first message that is not VERSION, or too many descriptors.
     pub broken_protocol: u64,
+    /// Clients disconnected because they did not get through VERSION in time.
+    pub handshake_timeouts: u64,
     /// Clients disconnected because memory that they had sent was taken away again.
     pub broken_memory: u64,
     /// Requests executed.

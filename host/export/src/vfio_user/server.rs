@@ -85,6 +85,8 @@ pub struct VfioUserConfig {
     pub allow: PeerPolicy,
     /// Milliseconds that the reply to a reset waits for the controller at most; hypervisors give up after some seconds.
     pub reset_wait_ms: u32,
+    /// Milliseconds in which a client must have got through VERSION: until then it keeps others out.
+    pub handshake_ms: u32,
 }
 
 impl Default for VfioUserConfig {
@@ -99,6 +101,7 @@ impl Default for VfioUserConfig {
             max_dma_bytes: 8 << 40,
             allow: PeerPolicy::default(),
             reset_wait_ms: 3_000,
+            handshake_ms: 10_000,
         }
     }
 }
@@ -177,6 +180,8 @@ pub struct VfioUserServer {
     pending: Option<Pending>,
     /// Memory of a client that has gone.
     leaving: Vec<Unmapping>,
+    /// When the client must have got through VERSION.
+    greeting_ends: Time,
     /// When to look next whether the client has taken its memory away.
     next_look: Time,
     /// Until when the socket is looked at in each poll, and when to look next.
@@ -217,6 +222,7 @@ impl VfioUserServer {
             waiting: None,
             pending: None,
             leaving: Vec::new(),
+            greeting_ends: Time(0),
             next_look: Time(0),
             eager_until: Time(0),
             next_receive: Time(0),
@@ -263,6 +269,12 @@ impl VfioUserServer {
     #[must_use]
     pub fn is_attached(&self) -> bool {
         self.connection.is_some()
+    }
+
+    /// Whether a client is being served that has not got through VERSION.
+    #[must_use]
+    pub fn is_half_open(&self) -> bool {
+        self.connection.as_ref().is_some_and(|connection| connection.client.is_none())
     }
 
     /// Whether no client is being served and no memory of one is in use.
@@ -611,11 +623,12 @@ impl VfioUserServer {
     }
 
     /// Serves whoever waits, if nobody is there any more; `alive` = whoever is being served is known to be there.
-    fn welcome(&mut self, alive: bool) -> u32 {
+    fn welcome(&mut self, alive: bool, now: Time) -> u32 {
         if self.waiting.is_some() && self.is_idle() {
             let limit = self.config.max_data_bytes as usize + OVERHEAD;
             self.connection = self.waiting.take().map(|stream| Connection::new(stream, limit));
             self.next_receive = Time(0);
+            self.greeting_ends = now.after_ms(self.config.handshake_ms.into());
             self.counters.clients += 1;
             return 1;
         }
@@ -652,13 +665,18 @@ impl Poll for VfioUserServer {
                 self.disconnect(now);
             }
         }
+        if now > self.greeting_ends && self.is_half_open() {
+            self.counters.handshake_timeouts += 1;
+            self.disconnect(now);
+        }
         let (served, alive) = self.serve(now);
-        work += served + self.welcome(alive && self.connection.is_some());
+        work += served + self.welcome(alive && self.connection.is_some(), now);
         let blocked = alive && self.connection.as_ref().is_some_and(Connection::is_sending);
         match () {
             () if work > 0 => Progress::busy(work),
             () if tends || self.pending.is_some() || !self.leaving.is_empty() => Progress::idle_until(now.after_us(LOOK_AGAIN_US)),
             () if blocked => Progress::idle_until(now.after_us(BLOCKED_US)),
+            () if self.is_half_open() => Progress::idle_until(self.greeting_ends.after_ns(1)),
             () => Progress { work: 0, next: Next::OnWake },
         }
     }

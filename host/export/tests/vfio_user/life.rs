@@ -3,7 +3,7 @@
 use crate::rig::{Failure, Rig, VECTORS, event, memfd, signals, slot};
 use dray_device::poll::{Next, Poll, Time};
 use dray_device::socket::{Stream, UnixSocket};
-use dray_device::vfio_user::wire::{DmaMap, IrqSet, RegionAccess, command, irq, region};
+use dray_device::vfio_user::wire::{DmaMap, Header, IrqSet, RegionAccess, command, irq, region};
 use dray_export::hooks::NoMigration;
 use dray_export::vfio_user::{AttachError, PeerPolicy, VfioUserConfig, VfioUserServer};
 use dray_nvme::registers::{Cc, Csts, offset};
@@ -243,4 +243,27 @@ fn an_idle_server_sleeps_on_its_client() {
     assert_eq!(wakers, 1);
     rig.server.detach(Time(5));
     assert!(rig.server.is_idle() && !rig.server.is_attached());
+}
+
+#[test]
+fn a_client_that_never_says_version_ends_and_another_is_served() {
+    let mut rig = Rig::raw(VfioUserConfig { handshake_ms: 500, ..VfioUserConfig::default() }, Box::new(NoMigration));
+    rig.poll();
+    assert!(rig.server.is_attached() && rig.server.is_half_open());
+    // Part of a message is no VERSION, and neither is time that passes with others waiting.
+    rig.send(Header { size: 64, ..Header::command(1, command::VERSION, 0) }, &[0; 8], &[]);
+    rig.now = rig.now.after_ms(499);
+    rig.poll();
+    assert!(rig.server.is_half_open());
+    let progress = rig.server.poll(rig.now);
+    assert!(matches!(progress.next, Next::At(at) if at <= rig.now.after_ms(2)), "{progress:?}");
+    rig.now = rig.now.after_ms(2);
+    assert_eq!(rig.reply(10).map(|_| ()), Err(Failure::Closed));
+    let counters = rig.server.counters();
+    assert_eq!((counters.handshake_timeouts, counters.left, counters.clients), (1, 0, 1));
+    rig.reconnect();
+    rig.hello().expect("the next client is served");
+    rig.now = rig.now.after_ms(600_000);
+    rig.poll();
+    assert!(rig.server.is_attached() && !rig.server.is_half_open(), "who has said VERSION may be silent");
 }

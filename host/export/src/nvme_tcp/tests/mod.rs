@@ -1,5 +1,6 @@
 //! The target over socket pairs, a real subsystem behind it.
 
+mod hostile;
 mod support;
 
 use support::*;

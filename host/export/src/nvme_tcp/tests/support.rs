@@ -56,6 +56,14 @@ impl World {
     }
 
     pub(super) fn with(limits: Limits, allowed_hosts: Vec<HostAccess>) -> Self {
+        Self::made(limits, allowed_hosts, DigestPolicy::AsAsked)
+    }
+
+    pub(super) fn requiring_digests() -> Self {
+        Self::made(Limits::default(), vec![access(HOST, None)], DigestPolicy::Required)
+    }
+
+    fn made(limits: Limits, allowed_hosts: Vec<HostAccess>, digests: DigestPolicy) -> Self {
         let fences = vec![Fence::default(), Fence::default()];
         let controller = |index: usize| ControllerConfig {
             cntlid: index as u16 + 1,
@@ -85,6 +93,7 @@ impl World {
             serial: "EXPORTED".into(),
             allowed_hosts,
             allow_any_host: false,
+            digests,
             controllers: vec![(11, slots[0].clone()), (12, slots[1].clone())],
             ana_groups: vec![AnaGroupConfig { id: 1, nsids: vec![1], state: AnaState::OPTIMIZED }],
         };
