@@ -323,8 +323,8 @@ impl Ring {
         }
     }
 
-    /// Hands completions to `done` and, while the queue is `alive`, gives their places back with one doorbell write at most. After
-    /// a fault nothing more is taken.
+    /// Hands completions to `done` and, while the queue is `alive`, gives their places back with one doorbell write at most.
+    /// After a fault nothing more is taken.
     #[inline]
     pub(crate) fn poll<F: FnMut(Completion)>(&mut self, alive: bool, done: &mut F) -> (usize, Option<Fault>) {
         let before = self.taken;
@@ -486,7 +486,8 @@ mod tests {
         fn complete(&mut self) {
             let n = self.completed;
             self.completed += 1;
-            let cid = self.ring.arena.load32(self.ring.sq_at + (n & self.ring.mask) as usize * SQE_BYTES, Ordering::Relaxed) >> 16;
+            let place = self.ring.sq_at + (n & self.ring.mask) as usize * SQE_BYTES;
+            let cid = self.ring.arena.load32(place, Ordering::Relaxed) >> 16;
             let phase = 1 ^ (n >> self.ring.shift) as u32 & 1;
             let at = self.ring.cq_at + (n & self.ring.mask) as usize * CQE_BYTES;
             let head = (self.completed & self.ring.mask) as u32;

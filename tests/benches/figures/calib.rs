@@ -23,15 +23,16 @@ pub fn before(plan: &Plan, report: &mut Report) -> Result<(), Failure> {
     let wants = |name: &str| plan.wants(name) || needed.contains(&name);
     // Two-thread rows can only be compared between runs of the same distance.
     let two = plan.cores.second().is_ok();
-    if two && (plan.wants_any(&["calib.rtt", "copy.guest", "migrate."]) || plan.wants_part_of("vfio_user.") || plan.wants_part_of("nvme_tcp.")) {
+    let (by_memory, by_tcp) = (plan.wants_part_of("vfio_user."), plan.wants_part_of("nvme_tcp."));
+    if two && (plan.wants_any(&["calib.rtt", "copy.guest", "migrate."]) || by_memory || by_tcp) {
         let ns = round_trip(plan)?;
         report.add("calib.rtt", ns, "ns", format!("cores {}", distance(ns)));
     }
-    if two && (plan.wants("calib.handover") || plan.wants_part_of("vfio_user.")) {
+    if two && (plan.wants("calib.handover") || by_memory) {
         let note = "queue depth 1: an entry, a doorbell, a completion between two threads, and nothing else";
         report.add("calib.handover", handover::by_memory(plan)?, "iops", note);
     }
-    if two && (plan.wants("calib.tcp") || plan.wants_part_of("nvme_tcp.")) {
+    if two && (plan.wants("calib.tcp") || by_tcp) {
         let note = "queue depth 1: a read's bytes over loopback TCP between two threads, and nothing else";
         report.add("calib.tcp", handover::by_tcp(plan)?, "iops", note);
     }

@@ -21,8 +21,8 @@ use std::os::fd::BorrowedFd;
 
 /// PDUs taken from one connection in a poll (the receive buffer bounds their bytes to 64 KiB).
 const PDUS: u32 = 32;
-/// Bytes that the commands taken from one connection in a poll move at most, but for the last: as many as their controller moves in
-/// a poll. More would only wait there, each with a buffer of its own, and the buffers would not stay in the cache.
+/// Bytes that the commands taken from one connection in a poll move at most, but for the last: as many as their controller moves
+/// in a poll. More would only wait there, each with a buffer of its own, and the buffers would not stay in the cache.
 const BYTES: u64 = 64 << 10;
 /// Steps (PDUs and pieces of data) of one connection in a poll.
 const STEPS: u32 = 512;
