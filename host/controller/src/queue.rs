@@ -131,14 +131,24 @@ impl Sq {
         let (arena, at) = self.memory.at(self.head as usize * SQE_BYTES);
         let mut entry = SubmissionEntry::default();
         arena.read(at, entry.as_mut_bytes());
-        arena.prefetch(at + SQE_BYTES);
+        // Only an entry that is there: a free place is about to be written by the guest, who would have to fetch it back.
+        let next = self.next();
+        if next != self.tail {
+            arena.prefetch(self.memory.at(next as usize * SQE_BYTES).1);
+        }
         entry
+    }
+
+    /// The place behind the head.
+    #[inline]
+    fn next(&self) -> u32 {
+        if self.head + 1 == self.size { 0 } else { self.head + 1 }
     }
 
     /// SLBA of the entry behind the head, if one is there and it is a read: a hint, whatever the guest makes of it.
     #[inline]
     pub(crate) fn next_read(&self) -> Option<u64> {
-        let next = if self.head + 1 == self.size { 0 } else { self.head + 1 };
+        let next = self.next();
         let (arena, at) = self.memory.at(next as usize * SQE_BYTES);
         let read = next != self.tail && arena.load8(at, Ordering::Relaxed) == NvmOpcode::READ.0;
         read.then(|| arena.load64(at + 40, Ordering::Relaxed))
@@ -146,10 +156,7 @@ impl Sq {
 
     #[inline]
     pub(crate) fn advance(&mut self) {
-        self.head += 1;
-        if self.head == self.size {
-            self.head = 0;
-        }
+        self.head = self.next();
     }
 }
 

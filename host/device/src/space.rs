@@ -355,9 +355,14 @@ impl SpaceReader {
         if self.shared.generation.load(Ordering::Acquire) == self.table.generation {
             return false;
         }
+        self.renew();
+        true
+    }
+
+    #[cold]
+    fn renew(&mut self) {
         self.table = Arc::clone(&self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).table);
         self.last = 0;
-        true
     }
 
     /// The generation of the snapshot; operations under way remember it.

@@ -146,6 +146,9 @@ impl Driver {
         if let Some(shadow) = &self.shadow {
             ring.set_shadow(Arc::clone(shadow), self.cap.dstrd());
         }
+        if record.config.vector.is_none() {
+            ring.set_polled();
+        }
         let line = record.config.vector.and_then(|vector| self.function.event_line(vector));
         let timeout = timeout_ns(self.config.io_timeout_ms);
         Ok(QueuePair::new(ring, Arc::clone(&record.shared), self.max_write_zeroes(), timeout, line))

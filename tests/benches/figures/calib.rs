@@ -2,7 +2,7 @@
 
 use crate::machine::{pages_note, pin};
 use crate::report::Report;
-use crate::{Failure, Plan, targets};
+use crate::{Failure, Plan, handover, targets};
 use dray_device::memory::{Arena, Pages};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -22,9 +22,19 @@ pub fn before(plan: &Plan, report: &mut Report) -> Result<(), Failure> {
     let needed = targets::calibration(|name| plan.wants(name));
     let wants = |name: &str| plan.wants(name) || needed.contains(&name);
     // Two-thread rows can only be compared between runs of the same distance.
-    if (plan.wants_any(&["calib.rtt", "copy.guest", "migrate."]) || plan.filter.contains("vfio_user") || plan.filter.contains("nvme_tcp")) && plan.cores.second().is_ok() {
+    let two = plan.cores.second().is_ok();
+    let (by_memory, by_tcp) = (plan.wants_part_of("vfio_user."), plan.wants_part_of("nvme_tcp."));
+    if two && (plan.wants_any(&["calib.rtt", "copy.guest", "migrate."]) || by_memory || by_tcp) {
         let ns = round_trip(plan)?;
         report.add("calib.rtt", ns, "ns", format!("cores {}", distance(ns)));
+    }
+    if two && (plan.wants("calib.handover") || by_memory) {
+        let note = "queue depth 1: an entry, a doorbell, a completion between two threads, and nothing else";
+        report.add("calib.handover", handover::by_memory(plan)?, "iops", note);
+    }
+    if two && (plan.wants("calib.tcp") || by_tcp) {
+        let note = "queue depth 1: a read's bytes over loopback TCP between two threads, and nothing else";
+        report.add("calib.tcp", handover::by_tcp(plan)?, "iops", note);
     }
     if !["calib.read4k", "calib.write4k", "calib.stream"].into_iter().any(wants) {
         return Ok(());

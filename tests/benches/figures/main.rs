@@ -14,6 +14,7 @@ mod copy;
 mod dirty;
 mod exports;
 mod far;
+mod handover;
 mod idle;
 mod load;
 mod loopback;
@@ -64,6 +65,11 @@ impl Plan {
 
     fn wants_any(&self, names: &[&str]) -> bool {
         names.iter().any(|name| self.wants(name))
+    }
+
+    /// Whether rows that begin so may be asked for.
+    fn wants_part_of(&self, prefix: &str) -> bool {
+        prefix.contains(&self.filter) || self.filter.contains(prefix)
     }
 
     /// Runs of which the median is taken.

@@ -178,4 +178,7 @@ impl Arena {
 
     /// No hint is needed here.
     pub fn prefetch(&self, _offset: usize) {}
+
+    /// Nothing here.
+    pub fn prefetch_for_write(&self, _offset: usize) {}
 }

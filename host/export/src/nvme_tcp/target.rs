@@ -21,6 +21,9 @@ use std::os::fd::BorrowedFd;
 
 /// PDUs taken from one connection in a poll (the receive buffer bounds their bytes to 64 KiB).
 const PDUS: u32 = 32;
+/// Bytes that the commands taken from one connection in a poll move at most, but for the last: as many as their controller moves
+/// in a poll. More would only wait there, each with a buffer of its own, and the buffers would not stay in the cache.
+const BYTES: u64 = 64 << 10;
 /// Steps (PDUs and pieces of data) of one connection in a poll.
 const STEPS: u32 = 512;
 /// A connection with nothing to receive so many times is asked more and more seldom, down to one poll in [`SELDOM`]. More looks than pass while
@@ -349,8 +352,8 @@ impl Core {
     }
 
     fn handle(&mut self, connection: &mut Connection, now: Time) -> u32 {
-        let (mut pdus, mut steps) = (0, 0);
-        while pdus < PDUS && steps < STEPS && connection.is_listening() {
+        let (mut pdus, mut steps, mut bytes) = (0, 0, 0);
+        while pdus < PDUS && steps < STEPS && bytes < BYTES && connection.is_listening() {
             steps += 1;
             let step = connection.inbox.next(&connection.rules);
             let result = match step {
@@ -360,7 +363,10 @@ impl Core {
                     continue;
                 }
                 Step::IcReq(request) => connection.initialize(&request),
-                Step::Command { capsule, data } => self.command(connection, &capsule, data, now),
+                Step::Command { capsule, data } => {
+                    bytes += u64::from(capsule.sqe.sgl().length);
+                    self.command(connection, &capsule, data, now)
+                }
                 Step::Data(pdu) => match connection.link {
                     Link::Queue { subsystem, place, qid } if connection.connected => {
                         self.places[subsystem][place].data(qid, &pdu).map(|sink| connection.sink = sink)
