@@ -77,7 +77,7 @@ impl Connection {
         place.begin(self.id, host, kato_ms, env)?;
         self.link = Link::Queue { subsystem, place: at, qid: 0 };
         if let Some(front) = &place.front {
-            self.out.attach(front.memory().clone(), usize::from(entries));
+            self.out.attach(front.memory().clone(), usize::from(entries), front.pool_pages());
         }
         Ok(())
     }
@@ -87,7 +87,7 @@ impl Connection {
         place.add_queue(self.id, claim.qid, claim.entries)?;
         self.link = Link::Queue { subsystem: claim.subsystem, place: claim.place, qid: claim.qid };
         if let Some(front) = &place.front {
-            self.out.attach(front.memory().clone(), usize::from(claim.entries));
+            self.out.attach(front.memory().clone(), usize::from(claim.entries), front.pool_pages());
         }
         place.ring();
         Ok(())

@@ -87,6 +87,8 @@ pub(super) struct Front {
     queue_bytes: usize,
     pool_at: usize,
     pool_pages: u32,
+    /// Pages that one command can have: its list and those of its data.
+    most_pages: usize,
     free_pages: Vec<u32>,
     doorbell_missing: Doorbell,
 }
@@ -120,9 +122,15 @@ impl Front {
             queue_bytes,
             pool_at,
             pool_pages,
+            most_pages: (limits.max_transfer_bytes as usize).div_ceil(PAGE) + 1,
             free_pages: (0..pool_pages).rev().collect(),
             doorbell_missing: bell,
         })
+    }
+
+    /// Pages of the pool: as many pieces can the data of a queue's commands have.
+    pub(super) fn pool_pages(&self) -> usize {
+        self.pool_pages as usize
     }
 
     pub(super) fn memory(&self) -> &Arc<Arena> {
@@ -190,7 +198,7 @@ impl Front {
             unrung: false,
             tail_bell: bell(sq_tail_doorbell(qid, 0)),
             head_bell: bell(cq_head_doorbell(qid, 0)),
-            commands: (0..commands).map(|_| Command::default()).collect(),
+            commands: (0..commands).map(|_| Command { pages: Vec::with_capacity(self.most_pages), ..Command::default() }).collect(),
             free: (0..commands).rev().collect(),
             in_flight: 0,
         }

@@ -43,10 +43,11 @@ impl Outbox {
         Self { bytes: Vec::new(), gone: 0, pieces: VecDeque::new(), partly: 0, memory: None }
     }
 
-    /// The connection has become a queue of so many entries, whose data is in `memory`. Reserves what the queue can need.
-    pub(super) fn attach(&mut self, memory: Arc<Arena>, entries: usize) {
+    /// The connection has become a queue of so many entries, whose data is in `memory`, in at most so many pieces besides one of
+    /// each entry. Reserves what the queue can need.
+    pub(super) fn attach(&mut self, memory: Arc<Arena>, entries: usize, pieces: usize) {
         self.bytes.reserve(2 * FULL + entries * 256);
-        self.pieces.reserve(entries * 8);
+        self.pieces.reserve(pieces + entries * 8);
         self.memory = Some(memory);
     }
 
@@ -239,7 +240,7 @@ mod tests {
     fn one_send_is_bounded_in_bytes_and_nothing_is_lost() {
         let (buffer, data) = memory(512 << 10);
         let (mut out, mut stream, mut ended) = (Outbox::new(), Greedy::default(), Vec::new());
-        out.attach(Arc::clone(buffer.arena()), 16);
+        out.attach(Arc::clone(buffer.arena()), 16, 0);
         for command in 0..2u16 {
             out.put(&[command as u8; 24]);
             out.data(0, 512 << 10);
@@ -259,7 +260,7 @@ mod tests {
     fn one_send_is_bounded_in_commands() {
         let (buffer, _data) = memory(4096);
         let (mut out, mut stream, mut ended) = (Outbox::new(), Greedy::default(), 0);
-        out.attach(Arc::clone(buffer.arena()), 128);
+        out.attach(Arc::clone(buffer.arena()), 128, 0);
         for command in 0..100 {
             out.put(&[7; 24]);
             out.data(0, 512);

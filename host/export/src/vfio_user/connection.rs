@@ -59,6 +59,8 @@ pub(crate) struct Connection {
     fds: Vec<OwnedFd>,
     limit: usize,
     out: Option<Outgoing>,
+    /// Memory of a reply that was sent, for the next.
+    spare: Vec<u8>,
     /// What the client said in VERSION.
     pub(crate) client: Option<Capabilities>,
     /// Nothing more is taken; the connection ends when the reply has been sent.
@@ -76,6 +78,7 @@ impl Connection {
             fds: Vec::new(),
             limit,
             out: None,
+            spare: Vec::new(),
             client: None,
             closing: false,
         }
@@ -142,6 +145,14 @@ impl Connection {
         }
     }
 
+    /// The start of a reply, in memory of one before.
+    pub(crate) fn begin(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let mut payload = std::mem::take(&mut self.spare);
+        payload.clear();
+        payload.extend_from_slice(bytes);
+        payload
+    }
+
     /// A reply to send; there is none on its way.
     pub(crate) fn reply(&mut self, header: Header, payload: Vec<u8>, fd: Option<OwnedFd>) {
         self.out = Some(Outgoing { header, payload, sent: 0, fd });
@@ -160,8 +171,11 @@ impl Connection {
                 Err(_) => return Sent::Gone,
             }
             out.fd = None;
-            if out.sent >= HEADER_BYTES + out.payload.len() {
-                self.out = None;
+            if out.sent >= HEADER_BYTES + out.payload.len()
+                && let Some(sent) = self.out.take()
+                && sent.payload.capacity() <= PIECE
+            {
+                self.spare = sent.payload;
             }
         }
         Sent::All

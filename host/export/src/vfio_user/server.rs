@@ -563,6 +563,14 @@ impl VfioUserServer {
         Ok(Outcome::Reply(reply, None))
     }
 
+    /// The start of a reply to an access: doorbells may come this way, so nothing is allocated for it.
+    fn begin(&mut self, access: &RegionAccess) -> Vec<u8> {
+        match &mut self.connection {
+            Some(connection) => connection.begin(access.as_bytes()),
+            None => access.as_bytes().to_vec(),
+        }
+    }
+
     /// REGION_READ; `most` is what the client takes.
     fn region_read(&mut self, payload: &[u8], most: u32) -> Result<Outcome, u32> {
         let (access, _) = RegionAccess::take(payload).ok_or(errno::EINVAL)?;
@@ -572,7 +580,7 @@ impl VfioUserServer {
         if access.count > self.config.max_data_bytes.min(most) {
             return Err(errno::EINVAL);
         }
-        let mut reply = access.as_bytes().to_vec();
+        let mut reply = self.begin(&access);
         self.regions.read(access.region, access.offset, access.count as usize, &mut reply)?;
         Ok(Outcome::Reply(reply, None))
     }
@@ -586,7 +594,7 @@ impl VfioUserServer {
             return Ok(Outcome::empty());
         }
         let effect = self.regions.write(access.region, access.offset, data)?;
-        let reply = access.as_bytes().to_vec();
+        let reply = self.begin(&access);
         if effect == Effect::Reset { self.begin_reset(reply, now) } else { Ok(Outcome::Reply(reply, None)) }
     }
 
