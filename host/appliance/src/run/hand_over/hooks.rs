@@ -405,9 +405,12 @@ impl MigrationHooks for Driven {
             return Err(HookError::Busy("this end serves".to_owned()));
         }
         // What it has stopped was moved away: the migration's hold is what keeps it now, and goes when this end serves again.
-        self.session = None;
+        if let Some(session) = self.session.take().filter(|session| session.from != self.end) {
+            session.hand_over.forget();
+        }
         self.release();
-        Ok(())
+        // A controller that was moved away still has its queues, and takes no state while it has.
+        self.slot.function().reset().map_err(|error| HookError::Failed(error.to_string()))
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), HookError> {
