@@ -19,7 +19,7 @@ pub fn nvme_tcp() -> Vec<Vec<u8>> {
         [&[0, 8, 0, 0, 9, 0, 0, 0, 1, 1, 4, 11, 0, 0, 0][..], &admin(8, &[0, 255, 0], 8), &admin(6, &[], 8), &admin(0, &[1, 0, 2, 0], 8)].concat();
     // Twelve log pages of 32 KiB for a host that reads none.
     let log = admin(8, &[0, 249, 0, 0x38, 233], 0);
-    let slow: Vec<u8> = [&[0, 8, 0, 0, 9, 0, 0, 0, 1, 1, 4, 11, 0, 0, 0, 7, 9, 26, 0][..], &log[..log.len() - 1].repeat(12), &[7, 15, 4]].concat();
+    let slow: Vec<u8> = [&[0, 8, 0, 0, 9, 0, 0, 0, 1, 1, 4, 11, 0, 0, 0, 7, 9, 26, 0][..], &log[..log.len() - 1].repeat(12), &[7, 15, 2, 235, 4]].concat();
     let secret: Vec<u8> = [vec![0, 8, 0, 0, 9, 0, 0x13, 0, 1, 0, 4], [24, 0, 0].repeat(7), vec![24, 0, 7], pages.clone()].concat();
     let stray = [io(0, 4, 3, 8), vec![21, 1, 1, 0, 200, 1]].concat();
     let hasty = [vec![0, 0, 0], [8, 0, 3, 9, 0, 0x03, 0, 1, 0, 4, 28, 0].to_vec(), vec![2, 205]].concat();
@@ -61,7 +61,7 @@ pub fn vfio_user() -> Vec<Vec<u8>> {
     let into_fixed: Vec<u8> = [0, 6].iter().flat_map(|kind| [24, 1 | kind, 3, 7, 0xc8, 0xc9]).collect();
     // A window: step, bits, offset, address, size; pages and what they come from.
     let map = |bits: u8, offset: u8, at: u8, pages: u8| vec![10, bits, 0, offset, 0, at, 0, pages];
-    let windows: Vec<u8> = [vec![13, 0], (0..10).flat_map(|n| map(0, n, n * 2, 2)).collect(), vec![13, 2, 2, 2, 13, 2, 5, 1, 13, 2, 30, 2], map(0, 1, 1, 3), map(0, 1, 1, 3), map(5, 0, 0, 1)].concat();
+    let windows: Vec<u8> = [vec![13, 0], (0..12).flat_map(|n| map(0, n, n, 1)).collect(), vec![13, 2, 2, 2, 13, 2, 5, 1, 13, 2, 30, 2], map(0, 1, 1, 3), map(0, 1, 1, 3), map(5, 0, 0, 1)].concat();
     let kinds: Vec<u8> = (0..8).flat_map(|kind| map(kind << 3, 0, 28, 1)).collect();
     let to = |state: u8| vec![18, state << 3];
     let arcs: Vec<u8> = (0..5).flat_map(|from| (0..5).flat_map(move |next| [18, from << 3, 18, next << 3])).collect();
@@ -70,7 +70,9 @@ pub fn vfio_user() -> Vec<Vec<u8>> {
     let withheld = [vec![1, 5, 31], to(4), vec![18, 3, 50, 18, 3, 50, 1, 4, 0], to(2), vec![18, 3, 50, 21, 6, 0, 1, 1]].concat();
     let failing: Vec<u8> = (0..8).flat_map(|manner| [vec![1, manner, 2], to(4), to(2), to(1), to(3), to(0), vec![21]].concat()).collect();
     let left: Vec<u8> = (0..5).flat_map(|state| [vec![1, 1, 9], to(state), vec![6, 0, 1, 1]].concat()).collect();
-    let logging = [19u8, 5, 0, 1, 3, 1, 0, 0, 0, 40, 19, 5, 2, 0, 4, 0, 8, 1, 0, 1, 0, 100, 19, 5, 1, 1, 0, 20, 19, 5, 1, 1, 0, 20];
+    let start = [19u8, 5, 0, 1, 0, 2, 1, 0, 0, 0];
+    let report = [19u8, 5, 2, 0, 0, 3, 0, 0, 1, 1, 100];
+    let logging = [&start[..], &report, &[19, 5, 1, 1, 0, 0, 20], &start, &[6, 0, 1, 1], &start, &report].concat();
     let queries: Vec<u8> = (1..20).flat_map(|command| [22, command, 4, 231, 0, 0, 0, 0]).collect();
     let empty: Vec<u8> = (1..20).flat_map(|command| [22, command, 0, 1]).collect();
     let irqs: Vec<u8> = (0..4).flat_map(|kind| [14, kind << 2, 0, 2, 2, 0, 0, 1, 1]).chain([14, 8, 1, 1, 1, 0, 9, 14, 0, 0, 1, 0, 0]).collect();
@@ -81,7 +83,7 @@ pub fn vfio_user() -> Vec<Vec<u8>> {
     let late_end = [vec![0, 9], nvme(7, 3, 7), vec![6, 9, 0, 1]].concat();
     let silent = [vec![7], (0..8).flat_map(|_| [15, 0x20, 0, 0, 221, 0, 16]).collect::<Vec<u8>>(), vec![7]].concat();
     let raw = [9u8, 1, 1, 0, 2, 1, 231, 0, 4, 1, 2, 3, 4, 5, 9, 0, 3, 1, 2, 3, 17, 6, 0, 1, 1];
-    let sessions: [(u8, &[u8]); 32] = [
+    let sessions: [(u8, &[u8]); 33] = [
         (0, &all_nvme),
         (1, &all_nvme),
         (2, &all_nvme),
@@ -112,6 +114,7 @@ pub fn vfio_user() -> Vec<Vec<u8>> {
         (0, &raw),
         (0, &[9, 0, 0, 3]),
         (0, &[6, 20, 1, 1, 6, 3, 0, 0, 6, 33, 1, 1]),
+        (8, &[22, 5, 8, 231, 0, 0, 0, 0, 0, 0, 0, 0]),
         (0, &[21, 21, 0x75, 0x35, 0x35, 5, 9]),
         (16, &[14, 0x24, 0, 0, 0, 0, 14, 0x28, 0, 4, 5, 0, 0, 0, 0, 0, 0]),
     ];

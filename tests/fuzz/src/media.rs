@@ -155,6 +155,12 @@ impl Media {
         lock(&self.state).bytes.iter().all(|b| *b == byte)
     }
 
+    /// Operations under way that have data in memory.
+    #[must_use]
+    pub fn pending_with_data(&self) -> usize {
+        lock(&self.state).pending.iter().filter(|pending| !pending.data.is_empty()).count()
+    }
+
     /// Operations under way.
     #[must_use]
     pub fn pending(&self) -> usize {

@@ -197,6 +197,9 @@ impl World {
         }
         let _progress = self.subsystem.poll(self.now);
         for (header, payload, _) in self.seats[0].client.take() {
+            if header.command == command::DMA_UNMAP && header.failure().is_none() && self.seats[0].server.dma_windows() == 0 {
+                assert_eq!(self.media[0].pending_with_data(), 0, "operations on memory that was unmapped, and its owner told");
+            }
             if header.command == command::MIG_DATA_READ && header.failure().is_none() {
                 self.control.read(payload.get(8..).unwrap_or_default());
             }
