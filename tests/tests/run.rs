@@ -626,5 +626,6 @@ fn killed_in_a_media_move_it_loses_nothing() {
     let known = place.history(0);
     let all = known["migrations"].as_array().expect("migrations");
     let good = all.iter().all(|one| one["kind"] == "media-move" && (one["ended"].is_null() || one["ended"]["outcome"] == "done"));
-    assert!(!all.is_empty() && all.len() <= 8 && good && known["unreadable"] == 0, "{known}");
+    // A kill takes along what the store had not written out yet, and damages nothing.
+    assert!(all.len() <= 8 && good && known["unreadable"] == 0, "{known}");
 }
