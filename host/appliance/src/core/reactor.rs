@@ -16,7 +16,7 @@ const SPIN_NS: u64 = 1_000_000;
 /// Then the core yields between polls for this long.
 const YIELD_NS: u64 = 5_000_000;
 /// Then it sleeps, this long at most: doorbells in shared memory wake nobody.
-const NAP: Duration = Duration::from_micros(400);
+const NAP: Duration = Duration::from_micros(800);
 /// The same where everything that comes wakes the core, but for what other threads leave in its mailbox.
 const LONG_NAP: Duration = Duration::from_millis(2);
 /// Polls without work that share a look at the clock: what they do takes less time than the look.
