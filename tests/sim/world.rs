@@ -31,7 +31,7 @@ pub const GUESTS: usize = 5;
 /// Everybody is polled at least so often, ns.
 const IDLE_NS: u64 = 400_000;
 /// Of so many turns with work one wakes everybody next to it, whether or not they can see something of it.
-const IN_VAIN: u32 = 8;
+const IN_VAIN: u32 = 32;
 /// How long a guest that has done its share waits between two turns, ns at least.
 const CALM_NS: u64 = 40_000;
 /// Turns that a run may take.

@@ -12,6 +12,10 @@ struct State {
     delay: u8,
     left: Option<u8>,
     logging: bool,
+    /// The same of a step of the log.
+    log_left: Option<u8>,
+    /// That step is its beginning.
+    log_starts: bool,
     /// The state that was restored last, to be written again.
     stream: Vec<u8>,
     at: usize,
@@ -73,6 +77,20 @@ impl Control {
     }
 }
 
+impl State {
+    /// A step with so much left goes on: what is left then, and how far it is.
+    fn go_on(&self, left: Option<u8>) -> (Option<u8>, HookState) {
+        match left {
+            None => (None, HookState::Done),
+            Some(0) if self.manner & 3 == 3 => (None, HookState::Failed(HookError::Failed("fuzz".into()))),
+            Some(0) => (None, HookState::Done),
+            // With a delay of 31 only the end of the session ends a step.
+            Some(_) if self.delay == 31 => (left, HookState::Working),
+            Some(more) => (Some(if self.delay == 0 { 0 } else { more - 1 }), HookState::Working),
+        }
+    }
+}
+
 impl Hooks {
     /// A step begins. A reset may begin one while another is under way.
     fn begin(&self, is_reset: bool) -> Result<(), HookError> {
@@ -101,10 +119,17 @@ impl MigrationHooks for Hooks {
         self.begin(false)
     }
 
-    fn state(&mut self) -> Option<Vec<u8>> {
+    fn state(&mut self) -> Result<Option<Vec<u8>>, HookError> {
         let state = self.0.lock();
         assert!(state.left.is_none(), "the state is read while a step is under way");
-        (state.manner & 4 == 0).then(|| vec![state.delay; 300])
+        if state.manner == 7 {
+            return Err(HookError::Failed("fuzz".into()));
+        }
+        Ok((state.manner & 4 == 0).then(|| vec![state.delay; 300]))
+    }
+
+    fn prepare(&mut self, _now: Time) -> Result<(), HookError> {
+        self.begin(false)
     }
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), HookError> {
@@ -120,19 +145,10 @@ impl MigrationHooks for Hooks {
 
     fn poll(&mut self, _now: Time) -> HookState {
         let mut state = self.0.lock();
-        match state.left {
-            None => HookState::Done,
-            Some(0) => {
-                state.left = None;
-                if state.manner & 3 == 3 { HookState::Failed(HookError::Failed("fuzz".into())) } else { HookState::Done }
-            }
-            // With a delay of 31 only the end of the session ends a step.
-            Some(_) if state.delay == 31 => HookState::Working,
-            Some(left) => {
-                state.left = Some(if state.delay == 0 { 0 } else { left - 1 });
-                HookState::Working
-            }
-        }
+        let left = state.left;
+        let (left, ended) = state.go_on(left);
+        state.left = left;
+        ended
     }
 
     fn can_log(&self) -> bool {
@@ -147,12 +163,38 @@ impl MigrationHooks for Hooks {
         if state.manner & 3 == 2 {
             return Err(HookError::Failed("fuzz".into()));
         }
-        state.logging = true;
+        (state.logging, state.log_left, state.log_starts) = (true, Some(state.delay), true);
         Ok(page)
     }
 
+    fn collect_logged(&mut self) -> Result<(), HookError> {
+        let mut state = self.0.lock();
+        assert!(state.logging, "a log is collected that is not");
+        assert!(state.log_left.is_none(), "a log is collected while a step of it is under way");
+        if state.manner & 3 == 2 {
+            return Err(HookError::Failed("fuzz".into()));
+        }
+        (state.log_left, state.log_starts) = (Some(state.delay), false);
+        Ok(())
+    }
+
+    fn poll_log(&mut self, _now: Time) -> HookState {
+        let mut state = self.0.lock();
+        let left = state.log_left;
+        let (left, ended) = state.go_on(left);
+        state.log_left = left;
+        if ended != HookState::Working {
+            // A log that does not begin is none.
+            let starts = std::mem::take(&mut state.log_starts);
+            state.logging &= !(starts && matches!(ended, HookState::Failed(_)));
+        }
+        ended
+    }
+
     fn report_logged(&mut self, iova: u64, len: u64, page: u64, into: &mut [u8]) -> Result<(), HookError> {
-        assert!(self.0.lock().logging, "a report without a log");
+        let state = self.0.lock();
+        assert!(state.logging, "a report without a log");
+        assert!(state.log_left.is_none(), "a report of what is not collected yet");
         assert!(iova.checked_add(len).is_some() && into.len() as u64 * 8 >= len.div_ceil(page), "{len:#x} by {page:#x}");
         into.fill(0xff);
         Ok(())
@@ -161,6 +203,7 @@ impl MigrationHooks for Hooks {
     fn stop_logging(&mut self) -> Result<(), HookError> {
         let mut state = self.0.lock();
         assert!(std::mem::take(&mut state.logging), "a log ends that is not");
+        (state.log_left, state.log_starts) = (Some(state.delay), false);
         if state.manner & 3 == 2 { Err(HookError::Failed("fuzz".into())) } else { Ok(()) }
     }
 }

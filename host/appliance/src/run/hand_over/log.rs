@@ -42,13 +42,15 @@ pub(super) struct Log {
     pages: Option<PageLog>,
     /// The management controller that tracks, by its resets. `None`: none does.
     generation: Option<u32>,
+    /// It has begun, and its client counts on it.
+    live: bool,
     jobs: VecDeque<Job>,
     command: Option<Command>,
 }
 
 impl Log {
     pub(super) fn new(cntlid: u16) -> Self {
-        Self { cntlid, pages: None, generation: None, jobs: VecDeque::new(), command: None }
+        Self { cntlid, pages: None, generation: None, live: false, jobs: VecDeque::new(), command: None }
     }
 
     /// Whether it needs the management controller.
@@ -63,7 +65,7 @@ impl Log {
     pub(super) fn start(&mut self, mapped: &[Range], wanted: &[Range]) -> Result<(), HookError> {
         let pages =
             PageLog::new(mapped, wanted).ok_or_else(|| HookError::Failed("the memory is in too many pieces".to_owned()))?;
-        self.pages = Some(pages);
+        (self.pages, self.live) = (Some(pages), false);
         // A log that was ended while the controller was suspended is tracked still.
         self.jobs.extend([Job::Stop, Job::Start]);
         Ok(())
@@ -82,15 +84,20 @@ impl Log {
 
     /// Ends it. A controller that is suspended goes on tracking: that costs little, and the next log begins by ending it.
     pub(super) fn stop(&mut self) {
-        (self.pages, self.generation) = (None, None);
+        (self.pages, self.generation, self.live) = (None, None, false);
         // What is under way has to be over first.
         self.jobs.truncate(usize::from(self.command.is_some()));
         self.jobs.push_back(Job::Stop);
     }
 
-    /// The management controller cannot be had.
+    /// What was to be done cannot be: a log that has not begun is none, and one that has knows no better than that all was written.
     pub(super) fn give_up(&mut self) {
-        *self = Self::new(self.cntlid);
+        self.jobs.clear();
+        (self.command, self.generation) = (None, None);
+        match &mut self.pages {
+            Some(pages) if self.live => pages.mark_all(),
+            pages => *pages = None,
+        }
     }
 
     /// Goes on.
@@ -145,7 +152,7 @@ impl Log {
                 let ranges = pages.descriptors();
                 let ranges = ranges.ok_or_else(|| HookError::Failed("a range is longer than can be tracked".to_owned()))?;
                 if ranges.is_empty() {
-                    self.generation = Some(mmc.generation());
+                    (self.generation, self.live) = (Some(mmc.generation()), true);
                     return Ok(None);
                 }
                 let header =
@@ -162,7 +169,7 @@ impl Log {
             // Where nothing was tracked there is nothing to end.
             (Job::Stop, _) => {}
             (Job::Start | Job::StartAgain, _) if well => {
-                self.generation = Some(mmc.generation());
+                (self.generation, self.live) = (Some(mmc.generation()), true);
                 if let (Job::StartAgain, Some(pages)) = (job, &mut self.pages) {
                     pages.mark_all();
                 }
@@ -209,5 +216,27 @@ impl Log {
             pages.mark(range.saddr.get(), bytes.max(PAGE));
         }
         Some(header.flags.mtr())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_goes_on_without_its_controller_says_that_all_was_written() {
+        let memory = [(0x10_000, 0x4000)];
+        for live in [true, false] {
+            let mut log = Log::new(2);
+            log.start(&memory, &[]).expect("a log");
+            log.jobs.clear();
+            log.live = live;
+            log.collect();
+            log.give_up();
+            let mut bits = [0; 8];
+            log.report(memory[0], 0x1000, &memory, &mut bits);
+            assert_eq!(bits[0], if live { 0xf } else { 0 });
+            assert_eq!(log.is_on(), live, "one that never began is none");
+        }
     }
 }
