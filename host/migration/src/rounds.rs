@@ -360,8 +360,9 @@ impl Rounds {
     /// What the copy policy has left out for too long is added by the host.
     fn add_left_out(&mut self, parts: &mut Parts) {
         parts.extents.by_order();
-        // A policy that has not answered yet has left nothing out.
-        let late = self.orders.spare.is_none();
+        // A policy that has not answered yet has left nothing out, nor one that was not asked since there was nothing more to do: a
+        // core that stood still meanwhile has let its time pass.
+        let late = self.orders.spare.is_none() || self.idle.is_some_and(|since| self.orders.asked_at < since);
         parts.late_orders += u64::from(late);
         let mut cursor = (0, 0);
         while let Some((namespace, slba, blocks)) = parts.media.next_unpassed(&mut cursor) {
