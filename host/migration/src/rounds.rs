@@ -353,16 +353,18 @@ impl Rounds {
         let astray = copied > self.start_blocks.saturating_mul(3) + 65_536;
         let waited = empty && self.idle.is_some_and(|since| now.us_since(since) >= patience_us);
         if astray || waited {
-            self.add_left_out(parts);
+            self.add_left_out(parts, now);
         }
     }
 
     /// What the copy policy has left out for too long is added by the host.
-    fn add_left_out(&mut self, parts: &mut Parts) {
+    fn add_left_out(&mut self, parts: &mut Parts, now: Time) {
         parts.extents.by_order();
-        // A policy that has not answered yet has left nothing out, nor one that was not asked since there was nothing more to do: a
-        // core that stood still meanwhile has let its time pass.
-        let late = self.orders.spare.is_none() || self.idle.is_some_and(|since| self.orders.asked_at < since);
+        // A policy that has not answered yet has left nothing out, nor one that was due and not asked since there was nothing more
+        // to do: a core that stood still has let its time pass. One that does not want to be asked again has.
+        let due = now >= self.orders.ask_at || self.orders.when_done;
+        let passed_over = due && self.idle.is_some_and(|since| self.orders.asked_at < since);
+        let late = self.orders.spare.is_none() || passed_over;
         parts.late_orders += u64::from(late);
         let mut cursor = (0, 0);
         while let Some((namespace, slba, blocks)) = parts.media.next_unpassed(&mut cursor) {
