@@ -43,6 +43,8 @@ struct Orders {
     spare: Option<Box<Exchange<Copy>>>,
     ask_at: Time,
     when_done: bool,
+    /// The question that is out was put before this round began: its answer knows nothing of what is dirty now.
+    of_before: bool,
     asked_at: Time,
     copied_then: u64,
     dirtied_then: u64,
@@ -87,6 +89,7 @@ impl Rounds {
             spare: Some(Box::default()),
             ask_at: now,
             when_done: true,
+            of_before: false,
             asked_at: now,
             copied_then: 0,
             dirtied_then: 0,
@@ -321,6 +324,7 @@ impl Rounds {
         self.start = (stats.copied, stats.zero, parts.media.dirtied_blocks());
         self.start_blocks = parts.media.dirty_blocks();
         self.orders.ask_at = now;
+        self.orders.of_before = self.orders.spare.is_none();
         (self.idle, self.unpassed) = (None, usize::MAX);
         parts.extents.by_order();
         parts.copying = true;
@@ -360,11 +364,8 @@ impl Rounds {
     /// What the copy policy has left out for too long is added by the host.
     fn add_left_out(&mut self, parts: &mut Parts, now: Time) {
         parts.extents.by_order();
-        // A policy that has not answered yet has left nothing out, nor one that was due and not asked since there was nothing more
-        // to do: a core that stood still has let its time pass. One that does not want to be asked again has.
-        let due = now >= self.orders.ask_at || self.orders.when_done;
-        let passed_over = due && self.idle.is_some_and(|since| self.orders.asked_at < since);
-        let late = self.orders.spare.is_none() || passed_over;
+        // A policy that has not answered yet has left nothing out.
+        let late = self.orders.spare.is_none();
         parts.late_orders += u64::from(late);
         let mut cursor = (0, 0);
         while let Some((namespace, slba, blocks)) = parts.media.next_unpassed(&mut cursor) {
@@ -481,7 +482,9 @@ impl Rounds {
         self.orders.wish = answer.then == Then::SwitchOver;
         self.orders.when_done = !answer.extents.is_empty();
         let wait_us = if answer.wait_us == 0 && answer.extents.is_empty() { 1000 } else { u64::from(answer.wait_us) };
-        self.orders.ask_at = if wait_us == 0 { Time::NEVER } else { now.after_us(wait_us) };
+        // "Look again later" said of the time between two rounds must not let a round pass without a question.
+        let again = std::mem::take(&mut self.orders.of_before);
+        self.orders.ask_at = if again { now } else if wait_us == 0 { Time::NEVER } else { now.after_us(wait_us) };
         self.orders.spare = Some(exchange);
     }
 

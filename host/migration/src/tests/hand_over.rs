@@ -15,7 +15,7 @@ fn hasty() -> MigrationConfig {
 fn world(config: MigrationConfig, prepare: impl FnOnce(&Drive, &Drive)) -> (World, HandOver) {
     let desk = HandOver::new();
     let of = desk.clone();
-    let world = World::of(prepare, seat::<Cdq>(), |with| Migration::hand_over(config, with, of, Time(0)).expect("migration"));
+    let world = World::of(prepare, seat::<Cdq>(), seat::<Copy>(), |with| Migration::hand_over(config, with, of, Time(0)).expect("migration"));
     (world, desk)
 }
 

@@ -147,12 +147,17 @@ impl World {
     }
 
     fn with(config: MigrationConfig, prepare: impl FnOnce(&Drive, &Drive), cdq: Box<dyn Seat<Cdq>>) -> Self {
-        Self::of(prepare, cdq, |with| Migration::new(config, with, Time(0)).expect("migration"))
+        Self::of(prepare, cdq, seat::<Copy>(), |with| Migration::new(config, with, Time(0)).expect("migration"))
+    }
+
+    fn over(config: MigrationConfig, prepare: impl FnOnce(&Drive, &Drive), copy: Box<dyn Seat<Copy>>) -> Self {
+        Self::of(prepare, seat::<Cdq>(), copy, |with| Migration::new(config, with, Time(0)).expect("migration"))
     }
 
     fn of(
         prepare: impl FnOnce(&Drive, &Drive),
         cdq: Box<dyn Seat<Cdq>>,
+        copy: Box<dyn Seat<Copy>>,
         migration: impl FnOnce(Ingredients) -> Migration,
     ) -> Self {
         let log = Log::default();
@@ -176,7 +181,7 @@ impl World {
             source_space: space,
             destination: Box::new(FakeMmc { drive: destination.clone() }),
             media: Box::new(LocalDestination::new(Box::new(FakeQueue::new(&destination)), AddressSpace::default(), features)),
-            policies: Policies { cdq: vec![cdq], tracking: seat::<Tracking>(), copy: seat::<Copy>() },
+            policies: Policies { cdq: vec![cdq], tracking: seat::<Tracking>(), copy },
             hooks: Hooks {
                 slot: Box::new(Hook(Arc::clone(&log))),
                 journal: Box::new(paper.clone()),

@@ -2,6 +2,8 @@ use super::*;
 use crate::copy::{CopyConfig, OnMediaError};
 use crate::mmc::Trust;
 use crate::{Limits, Reason, Refusal, Step};
+use dray_policy::role::Then;
+use dray_policy::seam::{Exchange, Identity, Opening, SeatStats};
 
 #[test]
 fn a_namespace_moves_while_its_guest_writes() {
@@ -260,4 +262,65 @@ fn a_drive_that_hides_changes_is_compared_and_what_differs_is_copied() {
     world.assert_equal();
     let report = world.migration.report();
     assert!(report.different_blocks > 0 && report.compared_bytes == BLOCKS * BLOCK as u64, "{report:?}");
+}
+
+/// A copy policy beside the core: what it is asked while nothing is dirty it answers late, and then has time.
+struct Slow {
+    seat: Box<dyn Seat<Copy>>,
+    answer: Option<Box<Exchange<Copy>>>,
+    polls: u32,
+    /// How often it was asked so.
+    idle: Arc<Mutex<u32>>,
+}
+
+impl Seat<Copy> for Slow {
+    fn identity(&self) -> Identity {
+        self.seat.identity()
+    }
+    fn open(&mut self, opening: Opening<Copy>) {
+        self.seat.open(opening);
+    }
+    fn ask(&mut self, exchange: Box<Exchange<Copy>>) {
+        let idle = exchange.request.left_blocks == 0;
+        self.polls = if idle { 1_000 } else { 0 };
+        *self.idle.lock().expect("idle") += u32::from(idle);
+        self.seat.ask(exchange);
+    }
+    fn poll(&mut self) -> Option<Box<Exchange<Copy>>> {
+        self.answer = self.answer.take().or_else(|| self.seat.poll());
+        if self.answer.is_some() && self.polls > 0 {
+            self.polls -= 1;
+            return None;
+        }
+        let mut answer = self.answer.take()?;
+        if answer.answer.extents.is_empty() {
+            answer.answer.wait_us = 100_000;
+        }
+        answer.answer.then = Then::GoOn;
+        Some(answer)
+    }
+    fn stats(&self) -> SeatStats {
+        self.seat.stats()
+    }
+}
+
+#[test]
+fn what_was_asked_before_a_round_is_asked_again_in_it() {
+    let idle = Arc::new(Mutex::new(0));
+    let slow = Slow { seat: seat::<Copy>(), answer: None, polls: 0, idle: Arc::clone(&idle) };
+    let mut world = World::over(config(), |s, d| (s.lock().delay, d.lock().delay) = (1_000, 1_000), Box::new(slow));
+    world.writes = 0;
+    // Each write comes, and its round begins, while the policy still thinks about a time at which there was nothing to do.
+    for byte in 0..5 {
+        let before = *idle.lock().expect("idle");
+        world.run_until(|_| *idle.lock().expect("idle") > before);
+        world.source.guest_write(SOURCE, 700, 100, byte);
+        world.run_until(|world| world.migration.progress(Time(world.now)).left_bytes > 0);
+        world.run_until(|world| world.migration.progress(Time(world.now)).left_bytes == 0);
+    }
+    world.migration.cancel();
+    let _outcome = world.run();
+    let report = world.migration.report();
+    assert!(report.rounds.count() >= 5, "{report:?}");
+    assert!(report.policies.iter().all(|(_, p)| (p.omissions, p.late) == (0, 0)), "{report:?}");
 }
