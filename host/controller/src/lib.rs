@@ -51,6 +51,7 @@ mod state;
 mod subsystem;
 mod udmq;
 
+pub use backing::{CommandBacking, CommandBackingConfig, CommandBackingError, UsesMemory};
 pub use backing::{FileBacking, FileBackingError, MemoryBacking, MemoryBackingError, NullBacking, SizeError};
 pub use config::{ConfigError, ControllerConfig, ControllerRole, MAX_NSID, NamespaceConfig, SubsystemConfig};
 #[cfg(feature = "deviations")]

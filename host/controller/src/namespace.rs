@@ -21,7 +21,7 @@ impl Namespace {
     pub(crate) fn new(config: NamespaceConfig, backing: Box<dyn Backing>) -> Self {
         let info = backing.info();
         Self {
-            write_protected: config.write_protected,
+            write_protected: config.write_protected || backing.is_write_protected(),
             config,
             info,
             block_shift: info.block_bytes.trailing_zeros(),

@@ -234,6 +234,10 @@ impl Poll for Subsystem {
                 namespace.backing.commit();
             }
         }
+        // Nothing else tells that an operation of such a backing has ended.
+        if self.shared.namespaces.iter().any(|namespace| namespace.pending > 0 && namespace.backing.is_polled_only()) {
+            wish = Next::Now;
+        }
         if work > 0 { Progress::busy(work) } else { Progress { work: 0, next: wish } }
     }
 

@@ -78,6 +78,11 @@ pub trait Backing: Send {
     /// Begins an operation.
     fn submit(&mut self, request: &BackingRequest<'_>) -> Submitted;
 
+    /// Whether nothing may be written to it: the namespace that is made over it is write protected.
+    fn is_write_protected(&self) -> bool {
+        false
+    }
+
     /// Whether it carries out [`BackingOp::WriteUncorrectable`].
     fn can_write_uncorrectable(&self) -> bool {
         false
@@ -94,6 +99,11 @@ pub trait Backing: Send {
 
     /// Operations under way.
     fn in_flight(&self) -> usize;
+
+    /// Whether nothing but [`poll`](Self::poll) tells that an operation has ended: while one is under way nobody may sleep.
+    fn is_polled_only(&self) -> bool {
+        false
+    }
 
     /// A descriptor that becomes readable when operations end, if there is one.
     fn waker(&self) -> Option<BorrowedFd<'_>> {

@@ -6,6 +6,7 @@ use crate::memory::Segment;
 use crate::poll::Time;
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::status::Status;
+use std::os::fd::BorrowedFd;
 
 /// What a queue can take; fixed while it lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,4 +71,8 @@ pub trait CommandQueue: Send {
     /// Hands finished commands to `done` and returns how many there were. Every command that was taken comes back exactly
     /// once, with [`Completion::unknown`] set if nobody can say how it ended.
     fn poll(&mut self, now: Time, done: &mut dyn FnMut(Completion)) -> usize;
+    /// A descriptor that becomes readable when commands end, if there is one; else whoever waits has to poll.
+    fn waker(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }

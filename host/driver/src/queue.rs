@@ -7,6 +7,7 @@ use dray_device::event::EventLine;
 use dray_device::memory::Segment;
 use dray_device::poll::Time;
 use dray_nvme::command::SubmissionEntry;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 /// Longest extra time that an aborted command gets before its queue is given up, in nanoseconds.
@@ -168,6 +169,10 @@ impl CommandQueue for QueuePair {
 
     fn poll(&mut self, now: Time, done: &mut dyn FnMut(Completion)) -> usize {
         self.poll_with(now, done)
+    }
+
+    fn waker(&self) -> Option<BorrowedFd<'_>> {
+        self.line.as_ref().map(AsFd::as_fd)
     }
 }
 

@@ -1,10 +1,12 @@
-//! Where the blocks of a namespace are: memory, a file, nowhere.
+//! Where the blocks of a namespace are: memory, a file, another controller, nowhere.
 
+mod command;
 mod file;
 mod marks;
 mod memory;
 mod null;
 
+pub use command::{CommandBacking, CommandBackingConfig, CommandBackingError, UsesMemory};
 pub use file::{FileBacking, FileBackingError};
 pub use memory::{MemoryBacking, MemoryBackingError};
 pub use null::NullBacking;

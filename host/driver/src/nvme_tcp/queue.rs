@@ -117,4 +117,8 @@ impl CommandQueue for TcpQueue {
         self.share_faults();
         count
     }
+
+    fn waker(&self) -> Option<BorrowedFd<'_>> {
+        Self::waker(self)
+    }
 }
