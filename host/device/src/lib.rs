@@ -7,10 +7,10 @@
 //! - [`command`]: the command seam, for controllers that have no registers for us;
 //! - [`backing`]: where the blocks of a software controller's namespace are; [`uring`]: files by io_uring;
 //! - [`socket`]: byte streams that carry descriptors; [`vfio_user`]: a function over one;
+//! - [`vfio`]: a physical function; [`pci`]: which there are, who has them, and giving them to VFIO and back;
 //! - [`poll`]: the poller seam: time, progress, jobs; [`planted`]: faults for the simulator to find.
 //!
-//! Not here yet: VFIO as a further backing of the device seam, io_uring passthrough for the command seam. Start
-//! reading at [`function`] and [`slot`].
+//! Not here yet: io_uring passthrough for the command seam. Start reading at [`function`] and [`slot`].
 
 #[cfg(not(target_endian = "little"))]
 compile_error!("NVMe structures are little-endian, and so must be the host");
@@ -23,6 +23,8 @@ pub mod fault;
 pub mod function;
 mod line;
 pub mod memory;
+#[cfg(not(loom))]
+pub mod pci;
 pub mod pin;
 pub mod planted;
 pub mod poll;
@@ -34,6 +36,8 @@ pub mod socket;
 pub mod space;
 mod sync;
 pub mod uring;
+#[cfg(not(loom))]
+pub mod vfio;
 pub mod vfio_user;
 
 #[cfg(all(test, loom))]

@@ -211,6 +211,19 @@ impl Arena {
         Ok(Arc::new(arena))
     }
 
+    /// Maps a part of a device's BAR, at an offset in the device's file that is a multiple of [`PAGE`]. A device that goes away takes it
+    /// along: an access finds zeroes then, and makes the arena [broken](Self::is_broken). Only its 32-bit words are accessed.
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub(crate) fn map_bar(fd: OwnedFd, offset: u64, len: usize, writable: bool) -> Result<Arc<Self>, MemoryError> {
+        let mut arena = Self::map_part(fd, (offset, len), PAGE, writable).map_err(|source| MemoryError::Kernel { len, source })?;
+        let start = arena.base.as_ptr() as usize - arena.mapped.0;
+        let watched = Watched::new(start..start + arena.mapped.1, PAGE, arena.writable);
+        arena.watched = Some(watched.map_err(|full| MemoryError::Refused(full.0))?);
+        Ok(Arc::new(arena))
+    }
+
     /// Whether an access found that the memory's owner had taken bytes away. Its content means nothing any more, and what is
     /// written goes nowhere; whoever lent it should be told to leave. Costs one load.
     #[inline]

@@ -8,6 +8,7 @@
 use crate::memory::{Arena, DmaBuffer, PAGE, Segment};
 use crate::sync::{AtomicU64, Mutex, MutexGuard};
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
@@ -46,6 +47,14 @@ pub enum SpaceError {
         /// Bytes.
         len: u64,
     },
+    /// The devices of the space cannot be given these addresses (an IOMMU's reserved ranges, or its width).
+    #[error("I/O virtual range {iova:#x} + {len:#x} is not among the addresses that the space's devices can use")]
+    OutsideWindows {
+        /// First address.
+        iova: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// Another mapping is there.
     #[error("I/O virtual range {iova:#x} + {len:#x} overlaps one that is mapped")]
     Overlap {
@@ -74,6 +83,15 @@ pub trait MapFollower: Send {
     fn mapped(&mut self, mapping: &Mapping) -> io::Result<()>;
     /// A range is going away.
     fn unmapped(&mut self, mapping: &Mapping);
+}
+
+/// Says where memory is mapped, in a space whose addresses are not ours to choose (a device without an IOMMU sees physical ones).
+pub trait Placer: Send {
+    /// The address that this memory has for devices.
+    ///
+    /// # Errors
+    /// When it has none; the map fails.
+    fn place(&mut self, memory: &DmaBuffer) -> io::Result<u64>;
 }
 
 #[derive(Debug, Default)]
@@ -106,6 +124,38 @@ struct State {
     readers: Vec<Arc<ReaderMark>>,
     followers: Vec<Box<dyn MapFollower>>,
     limit: u64,
+    /// The addresses that devices can be given, sorted; everything when empty.
+    windows: Vec<RangeInclusive<u64>>,
+    placer: Option<Box<dyn Placer>>,
+}
+
+impl State {
+    /// The lowest address where `len` bytes are free, within the windows.
+    fn free_range(&self, len: u64) -> Option<u64> {
+        let len = len.checked_next_multiple_of(PAGE as u64)?;
+        let everything = [FIRST_IOVA..=self.limit.saturating_sub(1)];
+        let windows = if self.windows.is_empty() { &everything[..] } else { &self.windows };
+        // Spaces of few bits may have nothing above 4 GiB; a device that sees no more is given what is below, but for the first pages.
+        let above = |floor: u64| windows.iter().find_map(move |window| self.free_in(window, floor, len));
+        above(FIRST_IOVA).or_else(|| above(IOVA_ALIGN))
+    }
+
+    fn free_in(&self, window: &RangeInclusive<u64>, floor: u64, len: u64) -> Option<u64> {
+        let mut iova = (*window.start()).max(floor).checked_next_multiple_of(IOVA_ALIGN)?;
+        for mapping in &self.table.mappings {
+            if mapping.iova >= iova.checked_add(len)? {
+                break;
+            }
+            iova = iova.max(mapping.end().checked_next_multiple_of(IOVA_ALIGN)?);
+        }
+        (iova.checked_add(len)? - 1 <= *window.end()).then_some(iova)
+    }
+}
+
+/// Whether a range lies within one of the windows; no windows are no bounds.
+fn within(windows: &[RangeInclusive<u64>], iova: u64, len: u64) -> bool {
+    let last = iova.saturating_add(len.max(1) - 1);
+    windows.is_empty() || windows.iter().any(|window| window.contains(&iova) && window.contains(&last))
 }
 
 struct Shared {
@@ -140,6 +190,8 @@ impl AddressSpace {
             readers: Vec::new(),
             followers: Vec::new(),
             limit: 1u64 << bits.min(63),
+            windows: Vec::new(),
+            placer: None,
         };
         Self { shared: Arc::new(Shared { generation: AtomicU64::new(0), state: Mutex::new(state) }) }
     }
@@ -154,16 +206,31 @@ impl AddressSpace {
     /// [`SpaceError`].
     pub fn map(&self, memory: &DmaBuffer, writable: bool) -> Result<u64, SpaceError> {
         let mut state = self.lock();
-        let len = memory.len() as u64;
-        let mut iova = FIRST_IOVA;
-        for mapping in &state.table.mappings {
-            if mapping.iova >= iova + len.next_multiple_of(PAGE as u64) {
-                break;
-            }
-            iova = iova.max(mapping.end().next_multiple_of(IOVA_ALIGN));
-        }
+        let iova = match &mut state.placer {
+            Some(placer) => placer.place(memory)?,
+            None => state.free_range(memory.len() as u64).ok_or(SpaceError::Full)?,
+        };
         Self::insert(&self.shared, &mut state, Mapping { iova, memory: memory.clone(), writable })?;
         Ok(iova)
+    }
+
+    /// Confines the space to addresses that its devices can be given, sorted and apart; none = everything.
+    ///
+    /// # Errors
+    /// [`SpaceError::OutsideWindows`] when something is mapped elsewhere; nothing has changed then.
+    pub fn confine(&self, windows: &[RangeInclusive<u64>]) -> Result<(), SpaceError> {
+        let mut state = self.lock();
+        let outside = |m: &&Mapping| !within(windows, m.iova, m.memory.len() as u64);
+        if let Some(m) = state.table.mappings.iter().find(outside) {
+            return Err(SpaceError::OutsideWindows { iova: m.iova, len: m.memory.len() as u64 });
+        }
+        state.windows = windows.to_vec();
+        Ok(())
+    }
+
+    /// From now on addresses are `placer`'s to say, those of [`map_at`](Self::map_at) too.
+    pub fn place_by(&self, placer: Box<dyn Placer>) {
+        self.lock().placer = Some(placer);
     }
 
     /// Maps memory at an address that a client chose.
@@ -171,7 +238,13 @@ impl AddressSpace {
     /// # Errors
     /// [`SpaceError`].
     pub fn map_at(&self, iova: u64, memory: &DmaBuffer, writable: bool) -> Result<(), SpaceError> {
-        Self::insert(&self.shared, &mut self.lock(), Mapping { iova, memory: memory.clone(), writable })
+        let mut state = self.lock();
+        if let Some(placer) = &mut state.placer
+            && placer.place(memory)? != iova
+        {
+            return Err(SpaceError::OutsideWindows { iova, len: memory.len() as u64 });
+        }
+        Self::insert(&self.shared, &mut state, Mapping { iova, memory: memory.clone(), writable })
     }
 
     fn insert(shared: &Shared, state: &mut State, mapping: Mapping) -> Result<(), SpaceError> {
@@ -180,6 +253,9 @@ impl AddressSpace {
         let fits = iova.checked_add(len).is_some_and(|end| end <= state.limit);
         if len == 0 || !iova.is_multiple_of(page) || !mapping.memory.offset().is_multiple_of(PAGE) || !fits {
             return Err(SpaceError::BadRange { iova, len });
+        }
+        if !within(&state.windows, iova, len) {
+            return Err(SpaceError::OutsideWindows { iova, len });
         }
         if state.table.mappings.len() >= MAX_MAPPINGS {
             return Err(SpaceError::Full);
@@ -493,6 +569,41 @@ mod tests {
         assert!(second >= first + 3 * PAGE as u64);
         let _gone = space.unmap(first).expect("unmap");
         assert_eq!(space.map(&b, true).expect("map"), first);
+    }
+
+    #[test]
+    fn addresses_come_from_the_windows() {
+        let space = AddressSpace::new(63);
+        let first = space.map(&buffer(PAGE), true).expect("map");
+        assert_eq!(first, FIRST_IOVA);
+        assert!(matches!(space.confine(&[0..=0xffff_ffff]), Err(SpaceError::OutsideWindows { .. })), "something is outside");
+        let windows = [0x1000..=0xfedf_ffff, FIRST_IOVA..=FIRST_IOVA + IOVA_ALIGN, 0x7_0000_0000..=0x7_0000_1fff];
+        space.confine(&windows).expect("confine");
+        let second = space.map(&buffer(PAGE), true).expect("map");
+        assert_eq!(second, 0x7_0000_0000, "the gap in the window is a page short");
+        let below = space.map(&buffer(3 * PAGE), true).expect("map");
+        assert_eq!(below, IOVA_ALIGN, "nothing above holds as much");
+        for bad in [0, 0xfedf_f000, 0xfee0_0000, 0x7_0000_1000] {
+            assert!(matches!(space.map_at(bad, &buffer(2 * PAGE), true), Err(SpaceError::OutsideWindows { .. })), "{bad:#x}");
+        }
+        space.map_at(0xfedf_e000, &buffer(2 * PAGE), true).expect("the last two pages");
+        space.confine(&[IOVA_ALIGN..=IOVA_ALIGN + 0x2fff]).expect_err("not what is mapped");
+    }
+
+    #[test]
+    fn a_placer_has_the_say() {
+        struct Fixed(u64);
+        impl Placer for Fixed {
+            fn place(&mut self, memory: &DmaBuffer) -> io::Result<u64> {
+                if memory.len() > PAGE { Err(io::ErrorKind::InvalidInput.into()) } else { Ok(self.0) }
+            }
+        }
+        let space = AddressSpace::default();
+        space.place_by(Box::new(Fixed(0x1234_5000)));
+        assert!(matches!(space.map(&buffer(2 * PAGE), true), Err(SpaceError::Device(_))));
+        assert!(matches!(space.map_at(0x1000, &buffer(PAGE), true), Err(SpaceError::OutsideWindows { .. })));
+        assert_eq!(space.map(&buffer(PAGE), true).expect("map"), 0x1234_5000);
+        assert!(matches!(space.map(&buffer(PAGE), true), Err(SpaceError::Overlap { .. })), "two pieces in one place");
     }
 
     #[test]
