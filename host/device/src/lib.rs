@@ -4,12 +4,13 @@
 //!   of others that goes away;
 //! - [`function`], [`bar`], [`slot`]: the device seam, and its in-process loopback: registers, doorbells, event lines, the
 //!   interrupt [`pin`], and the slot that lets a guest keep its place when the controller behind it changes;
-//! - [`command`]: the command seam, for controllers that have no registers for us;
+//! - [`command`]: the command seam, for controllers that have no registers for us; [`passthru`]: io_uring passthrough to those
+//!   that the kernel owns;
 //! - [`backing`]: where the blocks of a software controller's namespace are; [`uring`]: files by io_uring;
 //! - [`socket`]: byte streams that carry descriptors; [`vfio_user`]: a function over one;
 //! - [`poll`]: the poller seam: time, progress, jobs; [`planted`]: faults for the simulator to find.
 //!
-//! Not here yet: VFIO as a further backing of the device seam, io_uring passthrough for the command seam. Start
+//! Not here yet: VFIO as a further backing of the device seam. Start
 //! reading at [`function`] and [`slot`].
 
 #[cfg(not(target_endian = "little"))]
@@ -23,6 +24,7 @@ pub mod fault;
 pub mod function;
 mod line;
 pub mod memory;
+pub mod passthru;
 pub mod pin;
 pub mod planted;
 pub mod poll;
