@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use crate::memory::Arena;
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -96,8 +96,8 @@ pub enum SetupError {
     /// EPERM.
     #[error("io_uring is switched off for this process (kernel.io_uring_disabled, or a seccomp filter)")]
     Forbidden,
-    /// EINVAL.
-    #[error("the kernel's io_uring has no 128-byte submission entries, which passthrough needs (Linux 5.19 has)")]
+    /// EINVAL, or no such operation.
+    #[error("the kernel's io_uring has no passthrough commands (Linux 5.19 has)")]
     TooOld,
     /// ENOMEM and others.
     #[error("cannot set up io_uring: {0}")]
@@ -142,6 +142,10 @@ impl Uring {
     pub fn new(device: OwnedFd, depth: u32, wanted: CarrierOptions) -> Result<Self, SetupError> {
         let entries = depth.clamp(1, 4096).next_power_of_two();
         let (ring, iopoll) = Self::ring(entries, wanted.iopoll)?;
+        let mut probe = Probe::new();
+        if ring.submitter().register_probe(&mut probe).is_ok() && !probe.is_supported(opcode::UringCmd80::CODE) {
+            return Err(SetupError::TooOld);
+        }
         let registered_file = ring.submitter().register_files(&[device.as_raw_fd()]).is_ok();
         let fixed = wanted.fixed && ring.submitter().register_buffers_sparse(FIXED_PLACES).is_ok();
         let options = CarrierOptions { iopoll, fixed };
