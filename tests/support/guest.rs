@@ -39,7 +39,10 @@ pub fn turn() -> MutexGuard<'static, ()> {
 }
 
 /// What `cargo xtask guests` made.
-fn folder() -> PathBuf {
+///
+/// # Panics
+/// If it is not there.
+pub fn folder() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the source tree");
     let folder = root.join("target/guests");
     assert!(folder.join("built").is_file(), "no guests to boot in {}: run `cargo xtask guests`", folder.display());
@@ -62,6 +65,8 @@ pub struct Machine {
     disks: Vec<Disk>,
     modules: Vec<&'static str>,
     kernel: &'static str,
+    initrd: Option<PathBuf>,
+    options: Vec<String>,
 }
 
 impl Machine {
@@ -93,6 +98,18 @@ impl Machine {
         self
     }
 
+    /// With another initial RAM disk than the usual one.
+    pub fn initrd(mut self, file: &Path) -> Self {
+        self.initrd = Some(file.into());
+        self
+    }
+
+    /// With more options of QEMU's own.
+    pub fn qemu(mut self, options: &[&str]) -> Self {
+        self.options.extend(options.iter().map(ToString::to_string));
+        self
+    }
+
     fn command(&self, folder: &Path, kernel_log: &Path) -> Command {
         let mut qemu = Command::new(folder.join("qemu-system-x86_64"));
         let memory = format!("memory-backend-memfd,id=memory,share=on,size={MEMORY_MIB}M");
@@ -102,7 +119,8 @@ impl Machine {
         // has no random numbers yet.
         qemu.args(["-machine", "q35,memory-backend=memory", "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand", "-smp", "2"]);
         qemu.args(["-object", &memory, "-m", &size, "-nodefaults", "-nographic", "-append", &kernel]);
-        qemu.arg("-kernel").arg(folder.join("vmlinuz")).arg("-initrd").arg(folder.join("initrd.cpio"));
+        let initrd = self.initrd.clone().unwrap_or_else(|| folder.join("initrd.cpio"));
+        qemu.arg("-kernel").arg(folder.join("vmlinuz")).arg("-initrd").arg(initrd);
         qemu.args(["-serial", &format!("file:{}", kernel_log.display()), "-serial", "stdio"]);
         for (at, disk) in self.disks.iter().enumerate() {
             match disk {
@@ -116,6 +134,7 @@ impl Machine {
                 }
             };
         }
+        qemu.args(&self.options);
         if self.modules.contains(&"net") {
             qemu.args(["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]);
         }

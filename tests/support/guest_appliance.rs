@@ -1,5 +1,6 @@
 //! The appliance before guests: `dray run` on a configuration of its own, started, asked, stopped, killed and started again.
 
+use super::dray_in_guest::binary;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
@@ -18,13 +19,6 @@ pub const NQN: &str = "nqn.2026-11.org.example:clients";
 pub const SERIAL: &str = "DRAY-CLIENTS";
 /// The host that `tests/guests/steps.sh` says it is.
 pub const HOST: &str = "nqn.2014-08.org.nvmexpress:uuid:d7a10000-0000-4000-8000-000000000001";
-
-/// The binary beside the test: `cargo test --workspace` builds both.
-fn binary() -> PathBuf {
-    let test = std::env::current_exe().expect("this test");
-    let folder = test.ancestors().find(|folder| folder.join("dray").is_file());
-    folder.unwrap_or_else(|| panic!("no dray beside {}: cargo build --workspace", test.display())).join("dray")
-}
 
 /// A TCP port of the loopback that was free a moment ago.
 pub fn free_port() -> u16 {

@@ -4,13 +4,14 @@
 //!   of others that goes away;
 //! - [`function`], [`bar`], [`slot`]: the device seam, and its in-process loopback: registers, doorbells, event lines, the
 //!   interrupt [`pin`], and the slot that lets a guest keep its place when the controller behind it changes;
-//! - [`command`]: the command seam, for controllers that have no registers for us;
+//! - [`command`]: the command seam, for controllers that have no registers for us; [`passthru`]: io_uring passthrough to those
+//!   that the kernel owns;
 //! - [`backing`]: where the blocks of a software controller's namespace are; [`uring`]: files by io_uring;
 //! - [`socket`]: byte streams that carry descriptors; [`vfio_user`]: a function over one;
 //! - [`vfio`]: a physical function; [`pci`]: which there are, who has them, and giving them to VFIO and back;
 //! - [`poll`]: the poller seam: time, progress, jobs; [`planted`]: faults for the simulator to find.
 //!
-//! Not here yet: io_uring passthrough for the command seam. Start reading at [`function`] and [`slot`].
+//! Start reading at [`function`] and [`slot`].
 
 #[cfg(not(target_endian = "little"))]
 compile_error!("NVMe structures are little-endian, and so must be the host");
@@ -23,6 +24,7 @@ pub mod fault;
 pub mod function;
 mod line;
 pub mod memory;
+pub mod passthru;
 #[cfg(not(loom))]
 pub mod pci;
 pub mod pin;

@@ -4,7 +4,8 @@
 //! Asynchronous Event Requests, and creates queue pairs. [`QueuePair`] is the hot path: commands in, completions out, by
 //! polling, without allocation or lock; it implements the command seam. [`CdqOwner`] owns a controller data queue: creates it,
 //! hands out new entries by phase tag, gives slots back, arms the tail pointer trigger, and lends the queue to a second process
-//! ([`LentReader`] is that process's end). [`nvme_tcp`] drives remote controllers. [`mmc`] has the migration commands, [`quirks`] what is known of devices that deviate.
+//! ([`LentReader`] is that process's end). [`nvme_tcp`] drives remote controllers, [`passthru`] those that the kernel's driver
+//! owns, by io_uring. [`mmc`] has the migration commands, [`quirks`] what is known of devices that deviate.
 //!
 //! Nothing here starts threads, sleeps or reads a clock: everything moves when it is polled, with the time as an argument. The
 //! device is not trusted: a command identifier, queue head or status that it made up, a completion that comes twice, a fatal
@@ -12,7 +13,7 @@
 //! [`Driver::forbid_reset`] says that suspended controllers depend on this one; then the failure is only reported.
 //!
 //! **What it does not do yet.** SGLs (data pointers are PRPs), metadata, namespaces with protection information, memory pages
-//! other than 4 KiB, power states; io_uring passthrough, the third implementation of the command seam.
+//! other than 4 KiB, power states.
 //!
 //! **Where to start reading.** `ring.rs` (a submission and a completion queue in 200 lines), then [`queue`], then [`driver`]
 //! and its state machine in `init.rs`, then [`cdq`].
@@ -34,6 +35,7 @@ pub mod mmc;
 pub mod nvme_tcp;
 mod orphans;
 mod pairs;
+pub mod passthru;
 mod prp;
 pub mod queue;
 pub mod quirks;

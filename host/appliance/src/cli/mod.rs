@@ -7,12 +7,14 @@ mod device;
 mod end;
 mod history;
 mod migrate;
+mod passthru;
 mod plugin;
 mod run;
 mod status;
 
 use crate::config::units::Size;
 use clap::{Args, Parser, Subcommand};
+use passthru::PassthruArgs;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -85,6 +87,9 @@ enum Command {
     /// Look at controller data queues
     #[command(subcommand)]
     Cdq(CdqCommand),
+    /// Send one NVMe command, any opcode, to a device of the kernel's, and show its status, result and data
+    #[command(after_help = PASSTHRU_HELP)]
+    Passthru(PassthruArgs),
     /// Look at policy components
     #[command(subcommand)]
     Plugin(PluginCommand),
@@ -99,6 +104,16 @@ enum Command {
     #[command(subcommand)]
     Config(ConfigCommand),
 }
+
+const PASSTHRU_HELP: &str = "\
+Examples:
+  dray passthru /dev/ng0n1 --opcode 0x02 --cdw10 0 --cdw12 7 --data-len 4KiB     read 8 blocks of 512 bytes
+  dray passthru /dev/nvme0 --admin --opcode 0x06 --cdw10 1 --data-len 4KiB       Identify Controller
+  dray passthru /dev/ng0n1 --opcode 0xc1 --input blob.bin                        a vendor's command
+
+Exit codes: 0 success; 1 the controller answered with another status; 2 nothing was sent (usage, no such device, refused here or
+by the kernel); 3 nobody knows: it timed out, or the device went. Commands of the specification that change data are refused for a
+device that is in use here, unless --force is given.";
 
 /// What the demo can be told.
 #[derive(Clone, Debug, Args)]
@@ -263,6 +278,7 @@ pub fn main() -> ExitCode {
         Command::Device(DeviceCommand::List { json }) => device::list(&cli.config, json),
         Command::Device(DeviceCommand::Identify { device, json }) => device::identify(&cli.config, &device, json),
         Command::Cdq(CdqCommand::Watch { entries, json }) => cdq::watch(&cli.config, entries, json, cli.verbose > 0),
+        Command::Passthru(args) => passthru::run(&args),
         Command::Plugin(PluginCommand::Inspect { file, json }) => plugin::inspect(&file, json),
         Command::Plugin(PluginCommand::Check { file }) => plugin::check(&file),
         Command::Plugin(PluginCommand::Bench { file }) => plugin::bench(&file),
