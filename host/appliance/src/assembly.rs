@@ -185,6 +185,12 @@ pub fn backing(config: &Config, namespace: &Namespace) -> Result<Box<dyn Backing
             wait_for(|| backing.try_lock()).map_err(|e| format!("{}: {e}", path.display()))?;
             Ok(Box::new(backing))
         }
+        BackingKind::Device => {
+            let (name, nsid) = namespace.at_device().ok_or("no device")?;
+            // Written in the configuration, it has to be the device's; left out, the device's counts.
+            let written = (!namespace.block.span().is_empty()).then_some(block);
+            crate::devices::backing(config, name, nsid, written)
+        }
     }
 }
 

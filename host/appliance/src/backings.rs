@@ -5,11 +5,11 @@
 //! its ends, and is kept apart: in the state folder, `records/media/SUBSYSTEM/NGUID.record`, where SUBSYSTEM is the subsystem's
 //! name in records. A record knows a backing by a hash of its name, so that the names stand beside it in `NGUID.names`, durable
 //! before the first record that needs them. A name is the file's path as the configuration or the request has written it; memory
-//! has the empty one.
+//! has the empty one, a namespace of a device `device:NAME/NSID`.
 //!
 //! The `path` of the configuration is where a namespace starts; once a media move has begun, the record decides.
 
-use crate::config::{BackingKind, Config, Namespace, Subsystem, nguid_bytes};
+use crate::config::{BackingKind, Config, Namespace, Subsystem, device, nguid_bytes};
 use crate::core::records::{FileMedium, RecordError, RecordStore, end_id};
 use dray_migration::{Contradiction, EndId, RecordPhase, Recovery, recover};
 use std::fs::{self, File};
@@ -84,6 +84,7 @@ impl std::fmt::Debug for BackingRecord {
 pub fn name_of(namespace: &Namespace) -> String {
     match (&namespace.path, namespace.backing) {
         (Some(path), BackingKind::File) => path.get_ref().to_string_lossy().into_owned(),
+        (_, BackingKind::Device) => namespace.at_device().map_or_else(String::new, |(device, nsid)| device::name_of(device, nsid)),
         _ => String::new(),
     }
 }
@@ -222,9 +223,14 @@ fn follow(config: &mut Config, close: bool) -> Result<Vec<String>, BackingsError
     Ok(lines)
 }
 
-/// Lets the configuration say that a namespace is served from a file. It must be there: an empty one is never made in its place.
+/// Lets the configuration say that a namespace is served from a file, or from a device's namespace. A file must be there: an empty one is never made in its place.
 pub fn serve_from(namespace: &mut Namespace, name: &str) {
-    if !name.is_empty() {
+    if let Some((device, nsid)) = device::parse_name(name) {
+        namespace.backing = BackingKind::Device;
+        namespace.device = Some(Spanned::new(0..0, device.to_owned()));
+        namespace.device_nsid = Some(Spanned::new(0..0, nsid));
+        (namespace.path, namespace.size) = (None, None);
+    } else if !name.is_empty() {
         namespace.backing = BackingKind::File;
         namespace.path = Some(Spanned::new(0..0, PathBuf::from(name)));
         namespace.size = None;

@@ -121,6 +121,10 @@ pub enum LiveError {
     /// A driver.
     #[error(transparent)]
     Driver(#[from] DriverError),
+    /// A device that is a backing.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Device(#[from] crate::devices::DeviceError),
     /// The guest.
     #[error("the guest: {0}")]
     Guest(#[from] GuestError),
@@ -337,6 +341,10 @@ pub fn run_with(
     records.close()?;
     let serving = records.serving()?;
     let Ends { function, slot, fences, management, controllers, subsystems, moved: let_go, keep } = ends(serving)?;
+    // Data of the guest, and of the copy, goes straight to and from devices that are backings.
+    for space in [function.space(), management[0].space(), management[1].space()] {
+        spec.config.devices.follow(space)?;
+    }
     let driver = Driver::new(function, DriverConfig { pages: pages(spec.config), ..DriverConfig::default() })?;
     let (guest, handle) = Guest::new(driver, spec.guest.clone(), Arc::clone(&spec.ledger))?;
     take_up_marks(&handle, serving);

@@ -357,12 +357,12 @@ impl Rounds {
         let astray = copied > self.start_blocks.saturating_mul(3) + 65_536;
         let waited = empty && self.idle.is_some_and(|since| now.us_since(since) >= patience_us);
         if astray || waited {
-            self.add_left_out(parts, now);
+            self.add_left_out(parts);
         }
     }
 
     /// What the copy policy has left out for too long is added by the host.
-    fn add_left_out(&mut self, parts: &mut Parts, now: Time) {
+    fn add_left_out(&mut self, parts: &mut Parts) {
         parts.extents.by_order();
         // A policy that has not answered yet has left nothing out.
         let late = self.orders.spare.is_none();

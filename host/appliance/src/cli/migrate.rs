@@ -2,6 +2,7 @@
 //! is.
 
 use crate::config::Config;
+use crate::config::device::parse_name;
 use crate::config::units::{Size, Span};
 use crate::control::client::{Client, ClientError};
 use crate::control::{ControlError, ErrorCode, Reply, Request};
@@ -32,7 +33,8 @@ pub(super) fn run(config: &Path, from: &str, to: &str, as_json: bool) -> miette:
 /// Exchanges a namespace's backing for a copy in `to`, and says how it ended.
 pub(super) fn media(config: &Path, subsystem: &str, nsid: u32, to: &Path, as_json: bool) -> miette::Result<ExitCode> {
     // The appliance may be elsewhere.
-    let to = std::path::absolute(to).into_diagnostic()?;
+    let of_device = to.to_str().and_then(parse_name).is_some();
+    let to = if of_device { to.to_path_buf() } else { std::path::absolute(to).into_diagnostic()? };
     watch(config, &Request::MediaMove { subsystem: subsystem.into(), nsid, to }, "the old file goes on serving", as_json)
 }
 

@@ -7,7 +7,7 @@ mod device;
 mod end;
 mod history;
 mod migrate;
-mod passthru;
+pub(crate) mod passthru;
 mod plugin;
 mod run;
 mod status;
@@ -68,7 +68,8 @@ enum Command {
         subsystem: String,
         /// The namespace
         nsid: u32,
-        /// The file of the copy, which is made; or one that the namespace had before, or a block device
+        /// The file of the copy, which is made; or one that the namespace had before, a block device, or device:NAME/NSID for a
+        /// namespace of a [[device]]
         #[arg(long, value_name = "FILE")]
         to: PathBuf,
         /// Print how it ended as one JSON object
@@ -155,6 +156,9 @@ pub(crate) struct DemoArgs {
     /// Seed of the guest's and the policies' choices
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
+    /// Where the source or the destination is a namespace of a device: everything on it is written over
+    #[arg(long)]
+    destroys_data: bool,
     /// Print the summary as one JSON object on the last line of standard output
     #[arg(long)]
     json: bool,

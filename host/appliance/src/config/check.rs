@@ -18,6 +18,7 @@ pub(super) fn problem<T>(place: &Spanned<T>, message: impl Into<String>, help: i
 }
 
 pub(super) fn check(config: &Config) -> Result<(), Problem> {
+    super::device::check(config)?;
     let mut names = BTreeSet::new();
     let mut files = BTreeMap::new();
     for subsystem in &config.file.subsystems {
@@ -60,7 +61,11 @@ fn check_namespaces(config: &Config, subsystem: &Subsystem, files: &mut BTreeMap
         }
         check_format(namespace)?;
         let owner = format!("namespace {nsid} of \"{}\"", subsystem.name.get_ref());
+        if let Some(device) = namespace.device.as_ref().filter(|_| namespace.backing != BackingKind::Device) {
+            return Err(problem(device, "only a namespace of a device names one", "remove device, or say backing = \"device\""));
+        }
         match (namespace.backing, &namespace.path, &namespace.size) {
+            (BackingKind::Device, ..) => super::device::check_namespace(config, namespace, &owner, files)?,
             (BackingKind::File, None, _) => {
                 return Err(problem(&namespace.nsid, "a file-backed namespace needs its file", "add path = \"…\""));
             }

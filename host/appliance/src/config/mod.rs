@@ -5,6 +5,7 @@
 //! the file, the line and the key, and says what would be right.
 
 mod check;
+pub mod device;
 pub mod export;
 pub mod units;
 
@@ -27,6 +28,9 @@ pub struct File {
     /// The software NVM subsystems.
     #[serde(rename = "subsystem")]
     pub subsystems: Vec<Subsystem>,
+    /// Controllers that are not ours.
+    #[serde(default, rename = "device")]
+    pub devices: Vec<device::Device>,
     /// Controllers before clients.
     #[serde(default, rename = "export")]
     pub exports: Vec<export::Export>,
@@ -129,6 +133,10 @@ pub struct Namespace {
     /// Bytes of a logical block.
     #[serde(default = "default_block")]
     pub block: Spanned<Size>,
+    /// For `backing = "device"`: the name of the `[[device]]`.
+    pub device: Option<Spanned<String>>,
+    /// The NSID there; 1 without it.
+    pub device_nsid: Option<Spanned<u32>>,
     /// NGUID, 32 hexadecimal digits; the same at source and destination.
     pub nguid: Spanned<String>,
     /// More than one controller may reach it.
@@ -148,6 +156,8 @@ pub enum BackingKind {
     Memory,
     /// In a file, by io_uring, with O_DIRECT where the filesystem has it.
     File,
+    /// In a namespace of a controller that is not ours.
+    Device,
 }
 
 /// A controller.
@@ -315,6 +325,8 @@ pub struct Config {
     pub file: File,
     /// The folder that relative paths start from.
     pub base: PathBuf,
+    /// What is open of the devices that it names.
+    pub devices: crate::devices::Devices,
 }
 
 impl Config {
@@ -340,7 +352,7 @@ impl Config {
                 return Err(ConfigError::at(name, text, span, error.message(), None));
             }
         };
-        let config = Self { file, base };
+        let config = Self { file, base, devices: crate::devices::Devices::default() };
         match check::check(&config) {
             Ok(()) => Ok(config),
             Err(problem) => Err(ConfigError::at(name, text, problem.span, &problem.message, Some(problem.help))),

@@ -6,8 +6,8 @@ use super::sockets::{listen_tcp, listen_unix};
 use crate::assembly::Machine;
 use crate::config::Config;
 use crate::config::export::{Bar0, DigestChoice, Export, ExportBy};
+use crate::random::Urandom;
 use dray_device::poll::{Next, Poll, Progress, Time};
-use dray_device::random::SecureRandom;
 use dray_device::slot::Slot;
 use dray_device::socket::{Listener, TcpListener, UnixListener};
 use dray_export::hooks::MigrationHooks;
@@ -17,8 +17,6 @@ use dray_nvme::auth::Secret;
 use dray_nvme::tcp::AnaState;
 use serde_json::{Value, json};
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
@@ -30,7 +28,7 @@ const LOOK_NS: u64 = 1_000_000;
 
 /// Why an export could not be brought up.
 #[derive(Debug, thiserror::Error, miette::Diagnostic)]
-pub(super) enum ExportError {
+pub(crate) enum ExportError {
     /// The socket.
     #[error("the export of \"{subsystem}\" cannot listen on {address}: {source}")]
     Listen {
@@ -399,30 +397,10 @@ fn exported(config: &Config, export: &Export, slots: &Slots<'_>) -> Result<Expor
     Ok(ExportedSubsystem { nqn, serial: String::new(), allowed_hosts, allow_any_host: false, digests, controllers, ana_groups })
 }
 
-fn secret(path: &Path) -> Result<Secret, ExportError> {
+pub(crate) fn secret(path: &Path) -> Result<Secret, ExportError> {
     let wrong = |why: String| ExportError::Secret { path: path.to_path_buf(), why };
     let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
     Secret::parse(text.trim()).map_err(|error| wrong(error.to_string()))
-}
-
-/// The kernel's random numbers.
-struct Urandom(File);
-
-impl Urandom {
-    fn open() -> std::io::Result<Self> {
-        let mut file = File::open("/dev/urandom")?;
-        file.read_exact(&mut [0; 16])?;
-        Ok(Self(file))
-    }
-}
-
-impl SecureRandom for Urandom {
-    fn fill(&mut self, into: &mut [u8]) {
-        if self.0.read_exact(into).is_err() {
-            // It does not fail once it was read. A challenge that can be guessed must never go out.
-            std::process::abort();
-        }
-    }
 }
 
 fn counted(c: &VfioUserCounters) -> Value {

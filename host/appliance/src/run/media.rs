@@ -5,7 +5,7 @@ use super::core::{Mailbox, Order};
 use super::migrate::CORE_PATIENCE;
 use crate::assembly;
 use crate::backings::{BackingRecord, name_of, serve_from};
-use crate::config::{BackingKind, Config, Namespace, Role, Subsystem};
+use crate::config::{BackingKind, Config, Namespace, Role, Subsystem, device};
 use crate::control::{ControlError, ErrorCode};
 use dray_controller::FileBacking;
 use dray_device::backing::Backing;
@@ -89,8 +89,14 @@ pub(super) fn prepare(config: &Config, places: &[Place], mailbox: &Mailbox, wish
     }
     let failed = |error: &dyn std::fmt::Display| ControlError::new(ErrorCode::Failed, format!("the record of media moves: {error}"));
     let mut record = BackingRecord::open(config, subsystem, namespace).map_err(|error| failed(&error))?;
-    let target = Target::new(config, namespace, &record, &wish.to)?;
-    let copy = target.open(namespace)?;
+    let (target, copy) = match wish.to.to_str().and_then(device::parse_name) {
+        Some((device, nsid)) => of_device(config, namespace, device, nsid)?,
+        None => {
+            let target = Target::new(config, namespace, &record, &wish.to)?;
+            let copy = target.open(block_of(config, namespace)?)?;
+            (target, copy)
+        }
+    };
     let copy = may_exchange(mailbox, at, wish.nsid, copy)?;
     let names = [name_of(namespace), target.name.clone()];
     // Durable before the first record that means it.
@@ -128,6 +134,20 @@ impl Kept {
             serve_from(namespace, &self.names[1]);
         }
     }
+}
+
+/// A namespace of a device as the copy. What is on it goes.
+fn of_device(config: &Config, namespace: &Namespace, name: &str, nsid: u32) -> Result<(Target, Box<dyn Backing>), ControlError> {
+    let whole = device::name_of(name, nsid);
+    for subsystem in &config.file.subsystems {
+        if let Some(other) = subsystem.namespaces.iter().find(|other| other.at_device() == Some((name, nsid))) {
+            let (nsid, name) = (other.nsid.get_ref(), subsystem.name.get_ref());
+            return Err(refused(format!("{whole} is namespace {nsid} of \"{name}\"")));
+        }
+    }
+    let block = block_of(config, namespace)?;
+    let copy = crate::devices::backing(config, name, nsid, Some(block)).map_err(refused)?;
+    Ok((Target { path: PathBuf::from(&whole), name: whole, made: false, goes: false }, copy))
 }
 
 /// The file of a copy.
@@ -185,9 +205,8 @@ impl Target {
         }
     }
 
-    fn open(&self, namespace: &Namespace) -> Result<Box<dyn Backing>, ControlError> {
+    fn open(&self, block: u32) -> Result<Box<dyn Backing>, ControlError> {
         let wrong = |error: &dyn std::fmt::Display| refused(format!("{}: {error}", self.path.display()));
-        let block = u32::try_from(namespace.block.get_ref().0).map_err(|error| wrong(&error))?;
         let backing = FileBacking::open(&self.path, block, COPY_DEPTH).map_err(|error| wrong(&error))?;
         match backing.try_lock() {
             Ok(true) => Ok(Box::new(backing)),
@@ -209,7 +228,21 @@ fn make(path: &Path, bytes: u64) -> io::Result<()> {
     made
 }
 
+/// Bytes of a logical block, as guests were told: a device's own, where the namespace is one's.
+fn block_of(config: &Config, namespace: &Namespace) -> Result<u32, ControlError> {
+    match namespace.at_device() {
+        Some((name, nsid)) => {
+            config.devices.look(config, name, nsid).map(|found| found.block_bytes).map_err(|error| refused(error.to_string()))
+        }
+        None => u32::try_from(namespace.block.get_ref().0).map_err(|error| refused(error.to_string())),
+    }
+}
+
 fn bytes_of(config: &Config, namespace: &Namespace) -> io::Result<u64> {
+    if let Some((name, nsid)) = namespace.at_device() {
+        let found = config.devices.look(config, name, nsid).map_err(io::Error::other)?;
+        return Ok(found.blocks.saturating_mul(u64::from(found.block_bytes)));
+    }
     match assembly::file_of(config, namespace).filter(|_| namespace.backing == BackingKind::File) {
         // Also of a block device.
         Some(path) => File::open(path)?.seek(SeekFrom::End(0)),

@@ -13,7 +13,7 @@
 //! disconnected.
 
 mod core;
-mod exports;
+pub(crate) mod exports;
 mod fronts;
 mod hand_over;
 mod lend;
@@ -186,6 +186,10 @@ impl Appliance {
         let ends = [place(config.file.migration.from.get_ref())?, place(config.file.migration.to.get_ref())?];
         let fronts = if config.hands_over() { Fronts::apart(&machines, ends) } else { Fronts::new(&machines, ends, serving) };
         let Fronts { all, pairs } = fronts?;
+        // Data of guests, and of copies, goes straight to and from devices that are backings.
+        for slot in all.iter().map(|front| &front.slot).chain(machines.iter().map(|machine| &machine.management.1)) {
+            config.devices.follow(slot.function().space())?;
+        }
         let clients = Clients::new(&config, &machines, ends, serving);
         let (exports, labels) = Exports::start(&config, &all, &machines, &|name, cntlid, slot| clients.hooks(name, cntlid, slot))?;
         for label in &labels {

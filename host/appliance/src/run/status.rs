@@ -17,6 +17,7 @@ fn backing(kind: BackingKind) -> &'static str {
     match kind {
         BackingKind::Memory => "memory",
         BackingKind::File => "file",
+        BackingKind::Device => "device",
     }
 }
 

@@ -246,6 +246,12 @@ impl CommandBacking {
         self.uses.clone()
     }
 
+    /// The NSID at the device.
+    #[must_use]
+    pub fn nsid(&self) -> u32 {
+        self.config.nsid
+    }
+
     /// Commands whose data went through a bounce buffer.
     #[must_use]
     pub fn bounced(&self) -> u64 {

@@ -1,16 +1,17 @@
 //! The demo's input: the source's image, the destination's A5h, the guest's ledger; made anew, or taken up again.
 
 use super::GUEST_BLOCKS;
+use super::disk::Disk;
 use super::progress::Screen;
-use crate::assembly::file_of;
 use crate::cli::DemoArgs;
-use crate::config::{BackingKind, Config, Namespace};
+use crate::config::{BackingKind, Config};
 use crate::config::units::Size;
 use crate::image::{self, BLOCK_BYTES, ImageSpec};
+use crate::devices::disk::DeviceDisk;
 use crate::live;
 use dray_workload::ledger::{Ledger, LedgerSpec};
 use dray_workload::pattern;
-use dray_workload::reader::FileReader;
+use dray_workload::tag;
 use dray_workload::verify::{self, Comparison};
 use miette::{IntoDiagnostic, WrapErr, miette};
 use serde::{Deserialize, Serialize};
@@ -24,41 +25,40 @@ use toml::Spanned;
 const PREFILL: u8 = 0xa5;
 
 /// Checks that all acknowledged writes are on the disk that serves, before the guest goes on and writes over them.
-pub(super) fn check(serving: &Path, ledger: &Ledger) -> miette::Result<Comparison> {
-    let open = || FileReader::new(File::open(serving)?);
-    let mut disk = open().into_diagnostic().wrap_err_with(|| serving.display().to_string())?;
-    verify::check(&mut disk, ledger).into_diagnostic()
+pub(super) fn check(config: &Config, serving: &Disk, ledger: &Ledger) -> miette::Result<Comparison> {
+    verify::check(&mut *serving.reader(config)?, ledger).into_diagnostic()
 }
 
 /// What a run starts from.
 pub(super) struct Input {
     /// The namespace that moves.
     pub(super) nsid: u32,
-    /// The source's file.
-    pub(super) source: PathBuf,
-    /// The destination's file.
-    pub(super) destination: PathBuf,
+    /// The source's disk.
+    pub(super) source: Disk,
+    /// The destination's disk.
+    pub(super) destination: Disk,
     /// What the guest writes and keeps account of.
     pub(super) ledger: Arc<Ledger>,
 }
 
-/// Makes the source's image and the destination's file.
+/// Makes the source's image and the destination's A5h.
 pub(super) fn make(config: &Config, args: &DemoArgs, screen: &mut Screen) -> miette::Result<Input> {
-    let (nsid, source) = end(config, config.file.migration.from.get_ref())?;
-    let (_, destination) = end(config, config.file.migration.to.get_ref())?;
-    for path in [&source, &destination] {
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder).into_diagnostic().wrap_err_with(|| folder.display().to_string())?;
-        }
+    let (nsid, source) = Disk::of_end(config, config.file.migration.from.get_ref())?;
+    let (_, destination) = Disk::of_end(config, config.file.migration.to.get_ref())?;
+    if let Some(device) = [&source, &destination].into_iter().find(|disk| disk.file().is_none())
+        && !args.destroys_data
+    {
+        return Err(miette!(
+            help = "say --destroys-data if nothing on it is needed any more",
+            "the demo writes over everything on {device}"
+        ));
     }
-    let (bytes, blocks) = match &args.image {
-        Some(image) => given(image, &source, screen)?,
-        None => made(&source, args.size, screen)?,
-    };
-    screen.say(&format!("destination  {} of A5h in {}", Size(bytes), destination.display()));
-    let file = File::create(&destination).into_diagnostic().wrap_err_with(|| destination.display().to_string())?;
-    pattern::fill_file(&file, bytes, PREFILL).into_diagnostic().wrap_err_with(|| destination.display().to_string())?;
-    for path in [&source, &destination] {
+    for folder in [&source, &destination].into_iter().filter_map(|disk| disk.file()?.parent()) {
+        std::fs::create_dir_all(folder).into_diagnostic().wrap_err_with(|| folder.display().to_string())?;
+    }
+    let (bytes, blocks) = make_source(config, args, &source, &destination, screen)?;
+    make_destination(config, &destination, bytes, screen)?;
+    for path in [&source, &destination].into_iter().filter_map(Disk::file) {
         settle(path).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
     }
     let path = live::ledger_path(config);
@@ -69,6 +69,58 @@ pub(super) fn make(config: &Config, args: &DemoArgs, screen: &mut Screen) -> mie
     let ledger = Ledger::create(&path, &spec).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
     screen.say(&format!("ledger       {}", path.display()));
     Ok(Input { nsid, source, destination, ledger: Arc::new(ledger) })
+}
+
+/// The source's content; its bytes, and the blocks that the guest may write.
+fn make_source(
+    config: &Config,
+    args: &DemoArgs,
+    source: &Disk,
+    destination: &Disk,
+    screen: &mut Screen,
+) -> miette::Result<(u64, Vec<u64>)> {
+    if let Some(mut disk) = source.open_device(config)? {
+        return noise(&mut disk, source, args.seed, screen);
+    }
+    // A device has the size that it has: what moves to it is as large.
+    let size = match destination.open_device(config)? {
+        Some(disk) => Size(disk.bytes()),
+        None => args.size,
+    };
+    let path = source.file().ok_or_else(|| miette!("{source} is nowhere"))?;
+    match &args.image {
+        Some(image) => given(image, path, screen),
+        None => made(path, size, screen),
+    }
+}
+
+/// A device as the source: noise with some zeroes, and a guest that writes blocks all over it.
+fn noise(disk: &mut DeviceDisk, source: &Disk, seed: u64, screen: &mut Screen) -> miette::Result<(u64, Vec<u64>)> {
+    let bytes = disk.bytes();
+    screen.say(&format!("source       {} of noise on {source}", Size(bytes)));
+    let content = pattern::Disk { seed, zero_percent: 20 };
+    let mut fill = |first: u64, chunk: &mut [u8]| {
+        for (block, bytes) in (first..).zip(chunk.chunks_mut(tag::BLOCK_BYTES)) {
+            content.block(block, bytes);
+        }
+    };
+    disk.write_all(&mut fill).into_diagnostic().wrap_err_with(|| source.to_string())?;
+    Ok((bytes, every_nth(bytes / BLOCK_BYTES)?))
+}
+
+fn make_destination(config: &Config, destination: &Disk, bytes: u64, screen: &mut Screen) -> miette::Result<()> {
+    screen.say(&format!("destination  {} of A5h in {destination}", Size(bytes)));
+    if let Some(mut disk) = destination.open_device(config)? {
+        let has = disk.bytes();
+        if has < bytes {
+            return Err(miette!("{destination} has {}, and the source {}", Size(has), Size(bytes)));
+        }
+        let filled = disk.write_all(&mut |_, chunk| chunk.fill(PREFILL));
+        return filled.into_diagnostic().wrap_err_with(|| destination.to_string());
+    }
+    let Some(path) = destination.file() else { return Ok(()) };
+    let filled = File::create(path).and_then(|file| pattern::fill_file(&file, bytes, PREFILL));
+    filled.into_diagnostic().wrap_err_with(|| path.display().to_string())
 }
 
 /// What a later `dray demo --resume` has to know besides the configuration. Written when all input is there.
@@ -105,7 +157,7 @@ impl Kept {
         let (guest, ends) = (&config.file.guest, &config.file.migration);
         let mut disks = BTreeMap::new();
         for (name, path) in [(&ends.from, &input.source), (&ends.to, &input.destination)] {
-            disks.insert(name.get_ref().clone(), std::path::absolute(path).into_diagnostic()?);
+            disks.insert(name.get_ref().clone(), path.kept()?);
         }
         let kept = Self {
             version: Self::VERSION,
@@ -139,8 +191,8 @@ impl Kept {
 
     /// Takes up the input of the last run.
     pub(super) fn input(&self, config: &Config, screen: &mut Screen) -> miette::Result<Input> {
-        let (nsid, source) = end(config, config.file.migration.from.get_ref())?;
-        let (_, destination) = end(config, config.file.migration.to.get_ref())?;
+        let (nsid, source) = Disk::of_end(config, config.file.migration.from.get_ref())?;
+        let (_, destination) = Disk::of_end(config, config.file.migration.to.get_ref())?;
         let path = live::ledger_path(config);
         let ledger = Ledger::resume(&path).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
         screen.say(&format!("ledger       {}: {} writes acknowledged", path.display(), ledger.acknowledged()));
@@ -168,12 +220,10 @@ fn settle(path: &Path) -> std::io::Result<()> {
     Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)
 }
 
-/// The file-backed namespace of one end.
-fn end(config: &Config, name: &str) -> miette::Result<(u32, PathBuf)> {
-    let file = |n: &Namespace| (n.backing == BackingKind::File).then(|| file_of(config, n)).flatten();
-    let subsystem = config.subsystem(name).ok_or_else(|| miette!("there is no subsystem \"{name}\""))?;
-    let first = subsystem.namespaces.iter().find_map(|n| Some((*n.nsid.get_ref(), file(n)?)));
-    first.ok_or_else(|| miette!("\"{name}\" has no file-backed namespace, which the demo reads again at the end"))
+/// Blocks all over a disk without a filesystem, for the guest.
+fn every_nth(all: u64) -> miette::Result<Vec<u64>> {
+    let step = (all / GUEST_BLOCKS.min(all.div_ceil(8)).max(1)).max(1);
+    Ok((0..all).step_by(usize::try_from(step).into_diagnostic()?).collect())
 }
 
 fn made(path: &Path, size: Size, screen: &mut Screen) -> miette::Result<(u64, Vec<u64>)> {
@@ -221,9 +271,9 @@ fn given(image: &Path, source: &Path, screen: &mut Screen) -> miette::Result<(u6
         }
         None => {
             let all = bytes / BLOCK_BYTES;
-            let step = (all / GUEST_BLOCKS.min(all.div_ceil(8))).max(1);
+            let step = (all / GUEST_BLOCKS.min(all.div_ceil(8)).max(1)).max(1);
             screen.say(&format!("source       a copy of {} (no ext4): the guest writes every {step}th block", image.display()));
-            (0..all).step_by(usize::try_from(step).into_diagnostic()?).collect()
+            every_nth(all)?
         }
     };
     Ok((bytes, blocks))

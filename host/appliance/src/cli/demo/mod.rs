@@ -1,5 +1,6 @@
 //! `dray demo`: makes the input, or takes up that of the last run; runs the migration, looks at both disks, gives the verdict.
 
+mod disk;
 mod input;
 mod progress;
 mod verdict;
@@ -19,6 +20,7 @@ use crate::store::keep::Keeper;
 use crate::summary::Verdict;
 use dray_migration::Owner;
 use dray_workload::ledger::Ledger;
+use disk::Disk;
 use input::{Input, Kept};
 use miette::{IntoDiagnostic, WrapErr, miette};
 use progress::Screen;
@@ -68,7 +70,7 @@ pub(super) fn run(file: &Path, args: &DemoArgs) -> miette::Result<ExitCode> {
     let found = args.resume.then(|| records.line());
     if args.resume {
         let disk = if serving == Owner::Source { &input.source } else { &input.destination };
-        carry_on(disk, &input.ledger, &screen)?;
+        carry_on(&config, disk, &input.ledger, &screen)?;
     }
     let mut status = Status::open(&state.join("status")).into_diagnostic().wrap_err("the page of the run's status")?;
     status.begin();
@@ -163,13 +165,13 @@ fn apart_specs<'a>(file: &'a Path, config: &'a Config, folder: &'a Path, fenced:
 }
 
 /// Says whether the disk that serves has everything, before anything goes on.
-fn carry_on(disk: &Path, ledger: &Ledger, screen: &Screen) -> miette::Result<()> {
-    let found = input::check(disk, ledger)?;
+fn carry_on(config: &Config, disk: &Disk, ledger: &Ledger, screen: &Screen) -> miette::Result<()> {
+    let found = input::check(config, disk, ledger)?;
     if !found.is_ok() {
         let first = found.offenders.first().map(ToString::to_string).unwrap_or_default();
-        return Err(miette!("{} acknowledged writes are not in {}: {first}", found.writes_missing, disk.display()));
+        return Err(miette!("{} acknowledged writes are not in {}: {first}", found.writes_missing, disk));
     }
-    screen.say(&format!("checked      every block that the guest ever wrote is as its ledger says in {}", disk.display()));
+    screen.say(&format!("checked      every block that the guest ever wrote is as its ledger says in {disk}"));
     Ok(())
 }
 
@@ -180,13 +182,15 @@ fn intro(config: &Config, args: &DemoArgs) -> String {
         0 => "as fast as it can".to_owned(),
         rate => format!("{rate} times a second"),
     };
+    let source = Disk::of_end(config, config.file.migration.from.get_ref()).map(|(_, disk)| disk);
     let (what, disk) = match &args.image {
+        _ if source.as_ref().is_ok_and(|source| source.file().is_none()) => ("a device's namespace".to_owned(), "none".to_owned()),
         Some(image) => (format!("a copy of {}", image.display()), "twice its size".to_owned()),
         None => (format!("{} of real files", args.size), format!("{}", Size(3 * args.size.0))),
     };
     format!(
         "Moves {what} from one NVMe subsystem to another while a guest writes {rate}, then compares every block.\n\
-         Takes 10 to 25 seconds and {disk} of disk. Ctrl-C cancels: the source keeps its data.\n"
+         Takes 10 to 25 seconds for a GiB and {disk} of disk. Ctrl-C cancels: the source keeps its data.\n"
     )
 }
 

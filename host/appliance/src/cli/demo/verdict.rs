@@ -1,5 +1,6 @@
 //! The verdict, by a reader of its own after all controllers are gone.
 
+use super::disk::Disk;
 use super::input::Input;
 use crate::config::{Config, Policy as PolicyFile};
 use crate::image::{self, FsckVerdict};
@@ -9,10 +10,8 @@ use dray_migration::report::PolicyReport;
 use dray_migration::{Outcome, Owner, Report, Step};
 use dray_workload::guest::{GuestHandle, Phase};
 use dray_workload::ledger::Ledger;
-use dray_workload::reader::FileReader;
 use dray_workload::verify::{self, Comparison};
 use miette::IntoDiagnostic;
-use std::fs::File;
 use std::path::Path;
 
 /// Looks at both disks and at the report.
@@ -21,16 +20,19 @@ pub(super) fn judge(config: &Config, input: &Input, live: &LiveReport, found: Op
     let was_moved = live.serving == Owner::Destination;
     // The ledger as another process would find it, not as this one remembers it.
     let ledger = Ledger::open(&crate::live::ledger_path(config)).into_diagnostic()?;
-    let open = |path: &Path| FileReader::new(File::open(path)?);
     let comparison = if was_moved {
-        let (mut source, mut destination) = (open(&input.source).into_diagnostic()?, open(&input.destination).into_diagnostic()?);
-        verify::compare(&mut source, &mut destination, &ledger).into_diagnostic()?
+        let (mut source, mut destination) = (input.source.reader(config)?, input.destination.reader(config)?);
+        verify::compare(&mut *source, &mut *destination, &ledger).into_diagnostic()?
     } else {
-        verify::check(&mut open(&input.source).into_diagnostic()?, &ledger).into_diagnostic()?
+        verify::check(&mut *input.source.reader(config)?, &ledger).into_diagnostic()?
     };
     let serving = if was_moved { &input.destination } else { &input.source };
-    let fsck = match (image::fsck(serving).into_diagnostic()?, image::fsck(&input.source).into_diagnostic()?) {
-        (FsckVerdict::Skipped(_), FsckVerdict::Clean | FsckVerdict::Errors(_)) => {
+    let fsck = |disk: &Disk| match disk.file() {
+        Some(path) => image::fsck(path).into_diagnostic(),
+        None => Ok(FsckVerdict::Skipped("a device is not looked at".into())),
+    };
+    let fsck = match (fsck(serving)?, fsck(&input.source)?) {
+        (FsckVerdict::Skipped(_), FsckVerdict::Clean | FsckVerdict::Errors(_)) if serving.file().is_some() => {
             FsckVerdict::Errors("the destination has lost its filesystem".into())
         }
         (verdict, _) => verdict,
@@ -38,7 +40,7 @@ pub(super) fn judge(config: &Config, input: &Input, live: &LiveReport, found: Op
     let policy = policies(report);
     let mut reasons = Vec::new();
     if !was_moved {
-        reasons.push(format!("the namespace was not moved; it is intact at the source ({})", input.source.display()));
+        reasons.push(format!("the namespace was not moved; it is intact at the source ({})", input.source));
     }
     reasons.extend(comparison.offenders.iter().map(ToString::to_string));
     if !comparison.is_ok() && comparison.offenders.is_empty() {

@@ -87,6 +87,7 @@ fn kind(namespace: &config::Namespace) -> &'static str {
     match namespace.backing {
         BackingKind::Memory => "memory",
         BackingKind::File => "file",
+        BackingKind::Device => "device",
     }
 }
 

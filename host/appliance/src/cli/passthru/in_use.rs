@@ -8,7 +8,7 @@ use std::path::Path;
 const DEEPEST: u32 = 8;
 
 /// Each use of the block devices ("nvme0n1") in words: "nvme0n1p2 (mounted on /)".
-pub(super) fn uses(blocks: &[String], sys: &Path, proc: &Path) -> Vec<String> {
+pub(crate) fn uses(blocks: &[String], sys: &Path, proc: &Path) -> Vec<String> {
     let mounts = read_to_string(proc.join("self/mountinfo")).unwrap_or_default();
     let swaps = read_to_string(proc.join("swaps")).unwrap_or_default();
     let mut found = BTreeSet::new();

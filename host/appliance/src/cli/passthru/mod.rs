@@ -2,7 +2,7 @@
 
 mod arguments;
 mod danger;
-mod in_use;
+pub(crate) mod in_use;
 mod show;
 mod target;
 

@@ -1,0 +1,300 @@
+//! The admin side of a device, whichever way it is reached.
+
+use super::open::DeviceError;
+use crate::config::device::Device;
+use crate::config::Config;
+use crate::core::clock::Clock;
+use crate::random::Urandom;
+use crate::run::exports::secret;
+use dray_device::command::{CommandQueue, SubmitError};
+use dray_device::poll::{Poll, Time};
+use dray_device::socket::{Stream, TcpSocket};
+use dray_device::vfio::VfioFunction;
+use dray_driver::nvme_tcp::{TcpConfig, TcpInitiator, TcpState};
+use dray_driver::passthru::{PassthruAdmin, PassthruConfig, PassthruDevice};
+use dray_driver::{AdminAnswer, AdminData, Driver, DriverConfig, DriverState, QueuePairConfig, Ticket};
+use dray_nvme::command::SubmissionEntry;
+use dray_nvme::identify::IdentifyController;
+use dray_nvme::tcp::pdu::Digests;
+use sha2::{Digest, Sha256};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a device may take to become ready, to answer, to shut down.
+const PATIENCE_MS: u64 = 20_000;
+/// How long a connection may take to be made.
+const CONNECT: Duration = Duration::from_secs(10);
+/// Commands under way in one namespace's queue at most.
+const DEPTH: u16 = 256;
+
+/// Driver, initiator, or what the kernel lends of its own.
+pub(super) enum Admin {
+    Function(Box<Driver>, Arc<VfioFunction>),
+    Tcp(Box<TcpInitiator>, SocketAddr),
+    Kernel(Box<PassthruAdmin>, PathBuf),
+    /// Closed.
+    Gone,
+}
+
+impl Admin {
+    /// Drives a function until it is ready.
+    pub(super) fn function(name: &str, function: Arc<VfioFunction>, clock: Clock) -> Result<Self, DeviceError> {
+        let vectors = function.vectors();
+        let config = DriverConfig { io_queues: u16::try_from(vectors.clamp(1, 64)).unwrap_or(1), ..DriverConfig::default() };
+        let driver = Driver::new(Arc::clone(&function) as _, config).map_err(|error| DeviceError::failed(name, &error))?;
+        let mut admin = Self::Function(Box::new(driver), function);
+        admin.ready(name, clock)?;
+        Ok(admin)
+    }
+
+    /// Connects to a controller of another machine.
+    pub(super) fn tcp(config: &Config, file: &Device, address: SocketAddr, clock: Clock) -> Result<Self, DeviceError> {
+        let name = file.name.get_ref();
+        let text = |key: &Option<toml::Spanned<String>>| key.as_ref().map(|text| text.get_ref().clone()).unwrap_or_default();
+        let (host, subsystem) = (text(&file.host_nqn), text(&file.nqn));
+        let hash = Sha256::digest(host.as_bytes());
+        let mut host_id = [0; 16];
+        host_id.copy_from_slice(&hash[..16]);
+        let mut wanted = TcpConfig::new(&host, host_id, &subsystem);
+        let digests = file.digests.as_ref().is_none_or(|digests| *digests.get_ref());
+        wanted.digests = Digests::new().with_header(digests).with_data(digests);
+        let read = |path: &Option<toml::Spanned<PathBuf>>| {
+            path.as_ref().map(|path| secret(&config.path(path.get_ref()))).transpose().map_err(|error| DeviceError::failed(name, &error))
+        };
+        wanted.secret = read(&file.secret_file)?;
+        wanted.controller_secret = read(&file.controller_secret_file)?;
+        let random = Urandom::open().map_err(|error| DeviceError::failed(name, &error))?;
+        let stream = connect(name, address)?;
+        let initiator = TcpInitiator::connect(clock.now(), wanted, stream, Box::new(random));
+        let mut admin = Self::Tcp(Box::new(initiator.map_err(|error| DeviceError::failed(name, &error))?), address);
+        admin.ready(name, clock)?;
+        Ok(admin)
+    }
+
+    /// Asks the kernel for its controller.
+    pub(super) fn kernel(name: &str, path: PathBuf) -> Result<Self, DeviceError> {
+        let admin = PassthruAdmin::open(&path, &PassthruConfig::default()).map_err(|error| DeviceError::failed(name, &error))?;
+        Ok(Self::Kernel(Box::new(admin), path))
+    }
+
+    /// Polls the admin side.
+    pub(super) fn poll(&mut self, now: Time) {
+        match self {
+            Self::Function(driver, _) => _ = driver.poll(now),
+            Self::Tcp(initiator, _) => _ = initiator.poll(now),
+            Self::Kernel(admin, _) => _ = admin.poll(now),
+            Self::Gone => {}
+        }
+        // Nobody asks for events yet: they are taken, so that others can come.
+        match self {
+            Self::Function(driver, _) => while driver.next_event().is_some() {},
+            Self::Tcp(initiator, _) => while initiator.next_event().is_some() {},
+            Self::Kernel(..) | Self::Gone => {}
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        match self {
+            Self::Function(driver, _) => driver.is_ready(),
+            Self::Tcp(initiator, _) => initiator.is_ready(),
+            Self::Kernel(..) => true,
+            Self::Gone => false,
+        }
+    }
+
+    /// Why it does not work any more.
+    pub(super) fn failure(&self) -> Option<String> {
+        match self {
+            Self::Function(driver, _) => match driver.state() {
+                DriverState::Failed(error) => Some(error.to_string()),
+                _ => None,
+            },
+            Self::Tcp(initiator, _) => match initiator.state() {
+                TcpState::Failed(error) => Some(error.to_string()),
+                _ => None,
+            },
+            Self::Kernel(admin, _) => admin.fault().map(|fault| fault.to_string()),
+            Self::Gone => Some("it is closed".into()),
+        }
+    }
+
+    /// Polls until `step` has something.
+    fn until<T>(&mut self, name: &str, what: &str, clock: Clock, mut step: impl FnMut(&mut Self, Time) -> Option<T>) -> Result<T, DeviceError> {
+        let deadline = clock.now().after_ms(PATIENCE_MS);
+        loop {
+            let now = clock.now();
+            self.poll(now);
+            if let Some(found) = step(self, now) {
+                return Ok(found);
+            }
+            if let Some(why) = self.failure() {
+                return Err(DeviceError::Failed { name: name.to_owned(), why });
+            }
+            if now >= deadline {
+                let why = format!("{what} took longer than {} s", PATIENCE_MS / 1000);
+                return Err(DeviceError::Failed { name: name.to_owned(), why });
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    fn ready(&mut self, name: &str, clock: Clock) -> Result<(), DeviceError> {
+        self.until(name, "becoming ready", clock, |admin, _| admin.is_ready().then_some(()))
+    }
+
+    fn request(&mut self, now: Time, entry: &SubmissionEntry, data: AdminData<'_>) -> Result<Ticket, SubmitError> {
+        match self {
+            Self::Function(driver, _) => driver.request(now, entry, data),
+            Self::Tcp(initiator, _) => initiator.request(now, entry, data),
+            Self::Kernel(admin, _) => admin.request(now, entry, data),
+            Self::Gone => Err(SubmitError::Dead),
+        }
+    }
+
+    fn answer(&mut self, ticket: Ticket) -> Option<AdminAnswer> {
+        match self {
+            Self::Function(driver, _) => driver.answer(ticket),
+            Self::Tcp(initiator, _) => initiator.answer(ticket),
+            Self::Kernel(admin, _) => admin.answer(ticket),
+            Self::Gone => None,
+        }
+    }
+
+    /// Sends an admin command that returns `bytes` bytes, and waits for its answer.
+    pub(super) fn ask(&mut self, name: &str, what: &str, clock: Clock, entry: &SubmissionEntry, bytes: usize) -> Result<Vec<u8>, DeviceError> {
+        let failed = |why: String| DeviceError::Failed { name: name.to_owned(), why: format!("{what}: {why}") };
+        let ticket = self.until(name, what, clock, |admin, now| match admin.request(now, entry, AdminData::In(bytes)) {
+            Err(SubmitError::Full) => None,
+            other => Some(other),
+        })?;
+        let ticket = ticket.map_err(|error| failed(error.to_string()))?;
+        let mut answer = self.until(name, what, clock, |admin, _| admin.answer(ticket))?;
+        let status = answer.completion.status;
+        if answer.completion.unknown {
+            return Err(failed("nobody knows how it ended".into()));
+        }
+        if status.is_error() {
+            return Err(DeviceError::Refused { name: name.to_owned(), what: what.to_owned(), status });
+        }
+        answer.data.resize(bytes, 0);
+        Ok(answer.data)
+    }
+
+    /// What it says of itself.
+    pub(super) fn identify(&self) -> Option<&IdentifyController> {
+        match self {
+            Self::Function(driver, _) => driver.identify(),
+            Self::Tcp(initiator, _) => initiator.identify(),
+            Self::Kernel(admin, _) => Some(admin.identify()),
+            Self::Gone => None,
+        }
+    }
+
+    /// A queue of its own for a namespace. `nth`: queues that it has given before.
+    pub(super) fn queue(&mut self, name: &str, nsid: u32, nth: u16, clock: Clock) -> Result<Box<dyn CommandQueue>, DeviceError> {
+        match self {
+            Self::Function(_, function) => {
+                // Vector 0 is the admin queue's; where there are too few, the queue is polled without one.
+                let vector = Some(nth + 1).filter(|&vector| usize::from(vector) < function.vectors());
+                self.pair(name, vector, clock)
+            }
+            Self::Tcp(_, address) => {
+                let address = *address;
+                self.connection(name, address, clock)
+            }
+            Self::Kernel(_, path) => kernel_queue(name, path, nsid),
+            Self::Gone => Err(DeviceError::failed(name, &"it is closed")),
+        }
+    }
+
+    fn pair(&mut self, name: &str, vector: Option<u16>, clock: Clock) -> Result<Box<dyn CommandQueue>, DeviceError> {
+        let config = QueuePairConfig { entries: DEPTH, vector };
+        let ticket = self.until(name, "creating a queue pair", clock, |admin, now| match admin {
+            Self::Function(driver, _) => match driver.create_queue_pair(now, config) {
+                Err(SubmitError::Full) => None,
+                other => Some(other),
+            },
+            _ => None,
+        })?;
+        let ticket = ticket.map_err(|error| DeviceError::failed(name, &error))?;
+        let pair = self.until(name, "creating a queue pair", clock, |admin, _| match admin {
+            Self::Function(driver, _) => driver.queue_pair(&ticket),
+            _ => None,
+        })?;
+        Ok(Box::new(pair.map_err(|error| DeviceError::failed(name, &error))?))
+    }
+
+    fn connection(&mut self, name: &str, address: SocketAddr, clock: Clock) -> Result<Box<dyn CommandQueue>, DeviceError> {
+        let mut stream = Some(connect(name, address)?);
+        let ticket = self.until(name, "opening a queue", clock, |admin, now| match admin {
+            Self::Tcp(initiator, _) => Some(initiator.open_queue(now, stream.take()?, DEPTH)),
+            _ => None,
+        })?;
+        let ticket = ticket.map_err(|error| DeviceError::failed(name, &error))?;
+        let queue = self.until(name, "opening a queue", clock, |admin, _| match admin {
+            Self::Tcp(initiator, _) => initiator.take_queue(ticket),
+            _ => None,
+        })?;
+        Ok(Box::new(queue.map_err(|error| DeviceError::failed(name, &error))?))
+    }
+
+    /// Closes whatever is open of it.
+    pub(super) fn let_go(&mut self) {
+        *self = Self::Gone;
+    }
+
+    /// Lets go of the controller: shut down where it is ours.
+    pub(super) fn close(&mut self, name: &str, clock: Clock) {
+        let now = clock.now();
+        let ended = match self {
+            Self::Function(driver, _) => {
+                driver.shutdown(now);
+                self.until(name, "shutting down", clock, |admin, _| match admin {
+                    Self::Function(driver, _) => (*driver.state() == DriverState::Stopped).then_some(()),
+                    _ => Some(()),
+                })
+            }
+            Self::Tcp(initiator, _) => {
+                initiator.shutdown(now);
+                // The association ends with it, which is what it is told for.
+                self.until(name, "shutting down", clock, |admin, _| admin.failure().map(drop))
+            }
+            Self::Kernel(..) | Self::Gone => Ok(()),
+        };
+        if let Err(error) = ended {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+fn connect(name: &str, address: SocketAddr) -> Result<Box<dyn Stream>, DeviceError> {
+    let stream = TcpStream::connect_timeout(&address, CONNECT).and_then(TcpSocket::new);
+    Ok(Box::new(stream.map_err(|error| DeviceError::failed(name, &format!("{address}: {error}")))?))
+}
+
+/// The character device of a namespace of a controller that the kernel owns.
+pub(super) fn namespace_device(controller: &std::path::Path, nsid: u32) -> PathBuf {
+    let name = controller.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let number = name.trim_start_matches("nvme");
+    controller.with_file_name(format!("ng{number}n{nsid}"))
+}
+
+fn kernel_queue(name: &str, controller: &std::path::Path, nsid: u32) -> Result<Box<dyn CommandQueue>, DeviceError> {
+    let path = namespace_device(controller, nsid);
+    let config = PassthruConfig { depth: u32::from(DEPTH), ..PassthruConfig::default() };
+    let device = PassthruDevice::open(&path, &config).map_err(|error| DeviceError::failed(name, &error))?;
+    Ok(Box::new(device.queue().map_err(|error| DeviceError::failed(name, &error))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn a_namespace_has_its_own_device() {
+        assert_eq!(namespace_device(Path::new("/dev/nvme3"), 12), Path::new("/dev/ng3n12"));
+    }
+}

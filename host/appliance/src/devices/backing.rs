@@ -1,0 +1,130 @@
+//! A namespace of a device as the backing of one of ours.
+
+use super::open::{DeviceError, OpenDevice};
+use dray_controller::CommandBacking;
+use dray_device::backing::{Backing, BackingInfo, BackingRequest, Submitted};
+use dray_device::memory::{DmaBuffer, Pages};
+use dray_device::poll::Time;
+use dray_nvme::status::Status;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Bytes of the memory that data goes through where the device cannot reach the guest's.
+const BOUNCE_BYTES: usize = 2 << 20;
+/// How long operations under way may take to end when the backing goes.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// The backing, and the device that it keeps open.
+#[derive(Debug)]
+pub struct DeviceBacking {
+    // Goes before the device does.
+    inner: Option<CommandBacking>,
+    bounce: Option<u64>,
+    /// By the clock of whoever polls it.
+    last: Time,
+    device: Arc<OpenDevice>,
+}
+
+impl DeviceBacking {
+    /// Opens a namespace of a device.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub(super) fn open(device: Arc<OpenDevice>, nsid: u32) -> Result<Self, DeviceError> {
+        let config = device.namespace(nsid)?;
+        device.take(nsid)?;
+        let made = Self::over(&device, nsid, config);
+        if made.is_err() {
+            device.give_back(nsid);
+        }
+        let (inner, bounce) = made?;
+        device.used_by(inner.uses_memory());
+        Ok(Self { inner: Some(inner), bounce, last: Time::default(), device })
+    }
+
+    fn over(
+        device: &OpenDevice,
+        nsid: u32,
+        config: dray_controller::CommandBackingConfig,
+    ) -> Result<(CommandBacking, Option<u64>), DeviceError> {
+        let failed = |error: &dyn std::fmt::Display| DeviceError::failed(device.name(), error);
+        let memory = DmaBuffer::allocate("dray-bounce", BOUNCE_BYTES, Pages::PreferHuge).map_err(|error| failed(&error))?;
+        let bounce = device.space().map(|space| space.map(&memory, true)).transpose().map_err(|error| failed(&error))?;
+        let backing = device.queue(nsid).and_then(|queue| CommandBacking::new(queue, config, &memory).map_err(|error| failed(&error)));
+        if backing.is_err()
+            && let (Some(space), Some(iova)) = (device.space(), bounce)
+        {
+            let _never_used = space.unmap(iova);
+        }
+        Ok((backing?, bounce))
+    }
+
+    fn inner(&mut self) -> Option<&mut CommandBacking> {
+        self.inner.as_mut()
+    }
+}
+
+impl Backing for DeviceBacking {
+    fn info(&self) -> BackingInfo {
+        let nothing = BackingInfo { block_bytes: 512, blocks: 0, volatile_cache: false, deallocated_reads_zero: false };
+        self.inner.as_ref().map_or(nothing, Backing::info)
+    }
+
+    fn submit(&mut self, request: &BackingRequest<'_>) -> Submitted {
+        self.inner().map_or(Submitted::Done(Status::INTERNAL_ERROR), |inner| inner.submit(request))
+    }
+
+    fn is_write_protected(&self) -> bool {
+        self.inner.as_ref().is_some_and(Backing::is_write_protected)
+    }
+
+    fn can_write_uncorrectable(&self) -> bool {
+        self.inner.as_ref().is_some_and(Backing::can_write_uncorrectable)
+    }
+
+    fn commit(&mut self) {
+        if let Some(inner) = self.inner() {
+            inner.commit();
+        }
+    }
+
+    fn poll(&mut self, now: Time, done: &mut dyn FnMut(u64, Status)) -> usize {
+        self.last = now;
+        self.inner().map_or(0, |inner| inner.poll(now, done))
+    }
+
+    fn in_flight(&self) -> usize {
+        self.inner.as_ref().map_or(0, Backing::in_flight)
+    }
+
+    fn is_polled_only(&self) -> bool {
+        self.inner.as_ref().is_some_and(Backing::is_polled_only)
+    }
+
+    fn waker(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.as_ref().and_then(Backing::waker)
+    }
+}
+
+impl Drop for DeviceBacking {
+    fn drop(&mut self) {
+        // What is under way ends first: nobody will take it in afterwards.
+        let began = Instant::now();
+        while let Some(inner) = self.inner.as_mut().filter(|inner| inner.in_flight() > 0) {
+            if began.elapsed() > DRAIN {
+                tracing::warn!("{}: {} operations did not end", self.device.name(), inner.in_flight());
+                break;
+            }
+            inner.poll(self.last.after_us(u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX)), &mut |_, _| ());
+            std::thread::yield_now();
+        }
+        let nsid = self.inner.take().map(|inner| inner.nsid());
+        if let (Some(space), Some(iova)) = (self.device.space(), self.bounce) {
+            let _ended = space.unmap(iova);
+        }
+        if let Some(nsid) = nsid {
+            self.device.give_back(nsid);
+        }
+    }
+}

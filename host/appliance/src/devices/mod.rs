@@ -1,0 +1,102 @@
+//! The controllers that `[[device]]` names, opened when a namespace of theirs is wanted, closed when the last one goes.
+//!
+//! An [`OpenDevice`] has what is there once: the function or the association, its driver's admin side, the memory of guests that is
+//! mapped for it, and a thread that polls all that. Admin work is rare and may take its time; I/O is not its business: each
+//! namespace has a queue of its own ([`DeviceBacking`]), polled by the core whose subsystem it is in. The thread ends with the device.
+//!
+//! **Respect.** A namespace with metadata or protection information, one that another host has reserved, and a block device that this
+//! machine uses are refused; a write-protected one is served write-protected.
+
+mod admin;
+mod backing;
+pub mod disk;
+mod memory;
+mod open;
+
+pub use backing::DeviceBacking;
+pub use open::{DeviceError, OpenDevice};
+
+use crate::config::Config;
+use dray_controller::CommandBackingConfig;
+use dray_device::backing::Backing;
+use dray_device::space::AddressSpace;
+use dray_device::vfio::VfioSpace;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+#[derive(Default)]
+struct Opened {
+    devices: BTreeMap<String, Weak<OpenDevice>>,
+    /// I/O address spaces that several functions share.
+    spaces: BTreeMap<String, Weak<VfioSpace>>,
+}
+
+/// The devices that are open. Clones are the same.
+#[derive(Clone, Default)]
+pub struct Devices(Arc<Mutex<Opened>>);
+
+impl std::fmt::Debug for Devices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.lock().devices.keys()).finish()
+    }
+}
+
+impl Devices {
+    fn lock(&self) -> MutexGuard<'_, Opened> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The device of that name, opened if it is not.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn open(&self, config: &Config, name: &str) -> Result<Arc<OpenDevice>, DeviceError> {
+        // Held while one is opened: nobody opens it a second time meanwhile.
+        let mut opened = self.lock();
+        if let Some(device) = opened.devices.get(name).and_then(Weak::upgrade) {
+            return Ok(device);
+        }
+        let file = config.device(name).ok_or_else(|| DeviceError::Unknown(name.to_owned()))?;
+        let device = OpenDevice::open(config, file, &mut opened.spaces)?;
+        opened.devices.insert(name.to_owned(), Arc::downgrade(&device));
+        Ok(device)
+    }
+
+    /// A namespace of a device as a backing.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn backing(&self, config: &Config, name: &str, nsid: u32) -> Result<DeviceBacking, DeviceError> {
+        DeviceBacking::open(self.open(config, name)?, nsid)
+    }
+
+    /// What a namespace of a device is, for whoever only looks.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn look(&self, config: &Config, name: &str, nsid: u32) -> Result<CommandBackingConfig, DeviceError> {
+        self.open(config, name)?.namespace(nsid)
+    }
+
+    /// Lets the devices that are open follow the memory of a guest, so that data goes straight between the two.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn follow(&self, space: &AddressSpace) -> Result<(), DeviceError> {
+        let open: Vec<_> = self.lock().devices.values().filter_map(Weak::upgrade).collect();
+        open.iter().try_for_each(|device| device.follow(space))
+    }
+}
+
+/// A namespace of the configuration that is a device's, as a backing.
+///
+/// # Errors
+/// In words.
+pub fn backing(config: &Config, name: &str, nsid: u32, block: Option<u32>) -> Result<Box<dyn Backing>, String> {
+    let backing = config.devices.backing(config, name, nsid).map_err(|error| error.to_string())?;
+    let has = backing.info().block_bytes;
+    match block.filter(|&block| block != has) {
+        Some(block) => Err(format!("namespace {nsid} of device \"{name}\" has blocks of {has} bytes, not {block}")),
+        None => Ok(Box::new(backing)),
+    }
+}

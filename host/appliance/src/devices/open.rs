@@ -1,0 +1,347 @@
+//! One device while it is open.
+
+use super::admin::{Admin, namespace_device};
+use super::memory::GuestMemory;
+use crate::cli::passthru::in_use;
+use crate::config::Config;
+use crate::config::device::{Device, Iommu, Way};
+use crate::core::clock::Clock;
+use dray_controller::{CommandBackingConfig, UsesMemory};
+use dray_device::command::CommandQueue;
+use dray_device::pci::{Inventory, PciAddress};
+use dray_device::space::AddressSpace;
+use dray_device::vfio::{IommuChoice, VfioConfig, VfioFunction, VfioSpace};
+use dray_nvme::command::SubmissionEntry;
+use dray_nvme::identify::{Cns, CommandSetId, IDENTIFY_BYTES, IdentifyController, IdentifyNamespace};
+use dray_nvme::status::Status;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{JoinHandle, Thread};
+use std::time::Duration;
+use zerocopy::FromBytes;
+
+/// How often the admin side is polled.
+const PACE: Duration = Duration::from_millis(2);
+
+/// Why a device, or a namespace of one, cannot be had.
+#[derive(Debug, thiserror::Error, miette::Diagnostic)]
+pub enum DeviceError {
+    /// The configuration names no such device.
+    #[error("there is no device \"{0}\"")]
+    Unknown(String),
+    /// It cannot be opened, or does not work.
+    #[error("device \"{name}\": {why}")]
+    Failed {
+        /// The device.
+        name: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// It refused a command.
+    #[error("device \"{name}\": {what} was refused: {status}")]
+    Refused {
+        /// The device.
+        name: String,
+        /// The command.
+        what: String,
+        /// The status.
+        status: Status,
+    },
+    /// The namespace cannot be served.
+    #[error("namespace {nsid} of device \"{name}\" {why}")]
+    Namespace {
+        /// The device.
+        name: String,
+        /// The namespace.
+        nsid: u32,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+impl DeviceError {
+    pub(super) fn failed(name: &str, error: &dyn std::fmt::Display) -> Self {
+        Self::Failed { name: name.to_owned(), why: error.to_string() }
+    }
+}
+
+/// What the thread and everybody else share.
+struct Shared {
+    name: String,
+    clock: Clock,
+    admin: Mutex<Admin>,
+    memory: GuestMemory,
+    space: Option<AddressSpace>,
+    stop: AtomicBool,
+}
+
+impl Shared {
+    fn admin(&self) -> MutexGuard<'_, Admin> {
+        self.admin.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A device that is open.
+pub struct OpenDevice {
+    shared: Arc<Shared>,
+    /// Namespaces that are backings.
+    taken: Mutex<BTreeSet<u32>>,
+    queues: AtomicU16,
+    place: String,
+    thread: Option<JoinHandle<()>>,
+    waker: Thread,
+    /// Given back to the kernel's driver at the end.
+    bound: Option<PciAddress>,
+}
+
+impl std::fmt::Debug for OpenDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OpenDevice").field("name", &self.shared.name).field("place", &self.place).finish_non_exhaustive()
+    }
+}
+
+/// Takes a function from the kernel's driver if that is asked for; whether it was taken.
+fn bind(file: &Device, address: PciAddress) -> Result<bool, DeviceError> {
+    if !file.bind.as_ref().is_some_and(|bind| *bind.get_ref()) {
+        return Ok(false);
+    }
+    let bound = Inventory::of_this_machine().bind(address);
+    let bound = bound.map_err(|error| DeviceError::failed(file.name.get_ref(), &error))?;
+    if !bound.in_the_way.is_empty() {
+        tracing::warn!("{address}: its IOMMU group has others too, which vfio-pci does not have: {}", bound.in_the_way.join(", "));
+    }
+    Ok(!bound.already)
+}
+
+fn space(file: &Device, spaces: &mut BTreeMap<String, Weak<VfioSpace>>) -> Result<Arc<VfioSpace>, DeviceError> {
+    let choice = match file.iommu.as_ref().map(|iommu| *iommu.get_ref()).unwrap_or_default() {
+        Iommu::Auto => IommuChoice::Auto,
+        Iommu::Iommufd => IommuChoice::Iommufd,
+        Iommu::Type1 => IommuChoice::Type1,
+        Iommu::UnsafeNone => IommuChoice::UnsafeNone,
+    };
+    let name = file.space.as_ref().map(|space| space.get_ref().clone());
+    let known = name.as_ref().and_then(|name| spaces.get(name)).and_then(Weak::upgrade);
+    if let Some(known) = known {
+        if known.choice() != choice {
+            let error = format!("another device of its space says iommu = \"{}\", and this one \"{choice}\"", known.choice());
+            return Err(DeviceError::failed(file.name.get_ref(), &error));
+        }
+        return Ok(known);
+    }
+    let space = VfioSpace::open(choice).map_err(|error| DeviceError::failed(file.name.get_ref(), &error))?;
+    if let Some(name) = name {
+        spaces.insert(name, Arc::downgrade(&space));
+    }
+    Ok(space)
+}
+
+impl OpenDevice {
+    /// Opens a device and waits until it is ready.
+    pub(super) fn open(
+        config: &Config,
+        file: &Device,
+        spaces: &mut BTreeMap<String, Weak<VfioSpace>>,
+    ) -> Result<Arc<Self>, DeviceError> {
+        let (name, clock) = (file.name.get_ref().clone(), Clock::new());
+        let way = file.way().ok_or_else(|| DeviceError::failed(&name, &"it is nowhere"))?;
+        let (mut bound, mut memory) = (None, None);
+        let admin = match way {
+            Way::Pci(address) => {
+                bound = bind(file, address)?.then_some(address);
+                let made = space(file, spaces).and_then(|space| {
+                    let function = VfioFunction::open(&address, &space, &VfioConfig::default());
+                    let function = function.map_err(|error| DeviceError::failed(&name, &error))?;
+                    memory = Some(space.space().clone());
+                    Admin::function(&name, function, clock)
+                });
+                if made.is_err() {
+                    unbind(&name, bound);
+                }
+                made?
+            }
+            Way::Passthru(path) => Admin::kernel(&name, path)?,
+            Way::NvmeTcp(address) => Admin::tcp(config, file, address, clock)?,
+        };
+        let shared = Arc::new(Shared {
+            admin: Mutex::new(admin),
+            memory: GuestMemory::default(),
+            space: memory,
+            stop: AtomicBool::new(false),
+            clock,
+            name,
+        });
+        let of_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new().name(format!("dray-{}", shared.name).chars().take(15).collect());
+        let thread = thread.spawn(move || tend(&of_thread)).map_err(|error| DeviceError::failed(&shared.name, &error))?;
+        Ok(Arc::new(Self {
+            waker: thread.thread().clone(),
+            thread: Some(thread),
+            taken: Mutex::default(),
+            queues: AtomicU16::new(0),
+            place: file.place(),
+            shared,
+            bound,
+        }))
+    }
+
+    /// Its name in the configuration.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// How it is reached, for people.
+    #[must_use]
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// Where memory is mapped for it; `None` where it needs none to be.
+    #[must_use]
+    pub fn space(&self) -> Option<&AddressSpace> {
+        self.shared.space.as_ref()
+    }
+
+    /// Why it does not work any more.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        self.shared.admin().failure()
+    }
+
+    /// Identify Controller.
+    #[must_use]
+    pub fn identify(&self) -> Option<IdentifyController> {
+        self.shared.admin().identify().copied()
+    }
+
+    pub(super) fn used_by(&self, uses: UsesMemory) {
+        self.shared.memory.used_by(uses);
+    }
+
+    pub(super) fn follow(&self, space: &AddressSpace) -> Result<(), DeviceError> {
+        if self.shared.space.is_some() {
+            self.shared.memory.follow(space).map_err(|error| DeviceError::failed(self.name(), &error))?;
+            self.waker.unpark();
+        }
+        Ok(())
+    }
+
+    /// Keeps a namespace for one backing.
+    pub(super) fn take(&self, nsid: u32) -> Result<(), DeviceError> {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        match taken.insert(nsid) {
+            true => Ok(()),
+            false => Err(self.namespace_error(nsid, "is in use already")),
+        }
+    }
+
+    pub(super) fn give_back(&self, nsid: u32) {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(&nsid);
+    }
+
+    pub(super) fn queue(&self, nsid: u32) -> Result<Box<dyn CommandQueue>, DeviceError> {
+        let nth = self.queues.fetch_add(1, Ordering::Relaxed);
+        self.shared.admin().queue(self.name(), nsid, nth, self.shared.clock)
+    }
+
+    fn namespace_error(&self, nsid: u32, why: &str) -> DeviceError {
+        DeviceError::Namespace { name: self.name().to_owned(), nsid, why: why.to_owned() }
+    }
+
+    /// What a namespace is, and that it can be served.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn namespace(&self, nsid: u32) -> Result<CommandBackingConfig, DeviceError> {
+        let (name, clock) = (self.name(), self.shared.clock);
+        let mut admin = self.shared.admin();
+        let entry = SubmissionEntry::identify(Cns::NAMESPACE, nsid, 0, CommandSetId::NVM);
+        let page = admin.ask(name, "Identify Namespace", clock, &entry, IDENTIFY_BYTES)?;
+        let identify = IdentifyNamespace::read_from_bytes(&page[..]).map_err(|_| self.namespace_error(nsid, "has no description"))?;
+        let controller = admin.identify().copied().ok_or_else(|| self.namespace_error(nsid, "is of a controller without Identify"))?;
+        let kernel = if let Admin::Kernel(_, path) = &*admin { Some(namespace_device(path, nsid)) } else { None };
+        drop(admin);
+        if let Some(path) = kernel {
+            self.nobody_uses(nsid, &path)?;
+        }
+        self.served(nsid, &identify, &controller)
+    }
+
+    fn served(&self, nsid: u32, identify: &IdentifyNamespace, controller: &IdentifyController) -> Result<CommandBackingConfig, DeviceError> {
+        let wrong = |why: &str| Err(self.namespace_error(nsid, why));
+        if identify.nsze == 0 {
+            return wrong("is not active");
+        }
+        if identify.format().ms() != 0 {
+            return wrong("has metadata: format it without");
+        }
+        if identify.dps & 7 != 0 {
+            return wrong("has protection information: format it without");
+        }
+        let Some(block_bytes) = identify.block_bytes().filter(|bytes| matches!(bytes, 512 | 4096)) else {
+            return wrong("has blocks of neither 512 nor 4096 bytes");
+        };
+        Ok(CommandBackingConfig {
+            nsid,
+            block_bytes,
+            blocks: identify.nsze,
+            volatile_cache: controller.vwc.present(),
+            deallocated_reads_zero: identify.dlfeat.read_value() == 1,
+            write_uncorrectable: controller.oncs.write_uncorrectable(),
+            deallocates: controller.oncs.dsm(),
+            write_protected: identify.nsattr.write_protected(),
+        })
+    }
+
+    /// A namespace that the kernel has a filesystem on is not ours to write.
+    fn nobody_uses(&self, nsid: u32, path: &Path) -> Result<(), DeviceError> {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let blocks = dray_driver::passthru::node::block_devices(&name, Path::new("/sys"));
+        let uses = in_use::uses(&blocks, Path::new("/sys"), Path::new("/proc"));
+        if uses.is_empty() { Ok(()) } else { Err(self.namespace_error(nsid, &format!("is in use: {}", uses.join(", ")))) }
+    }
+}
+
+/// The device's thread.
+fn tend(shared: &Shared) {
+    while !shared.stop.load(Ordering::Acquire) {
+        shared.admin().poll(shared.clock.now());
+        if let Some(space) = &shared.space {
+            shared.memory.work(space);
+        }
+        std::thread::park_timeout(PACE);
+    }
+}
+
+fn unbind(name: &str, bound: Option<PciAddress>) {
+    if let Some(address) = bound
+        && let Err(error) = Inventory::of_this_machine().unbind(address)
+    {
+        tracing::warn!("device \"{name}\": {address} could not be given back: {error}");
+    }
+}
+
+impl Drop for OpenDevice {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.waker.unpark();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::warn!("device \"{}\": its thread has died", self.shared.name);
+        }
+        self.shared.admin().close(&self.shared.name, self.shared.clock);
+        if self.bound.is_some() {
+            // The function has to be closed before its driver can have it again.
+            if let Some(shared) = Arc::get_mut(&mut self.shared) {
+                let admin = shared.admin.get_mut().unwrap_or_else(PoisonError::into_inner);
+                admin.let_go();
+                shared.space = None;
+            }
+            unbind(&self.shared.name, self.bound);
+        }
+    }
+}
