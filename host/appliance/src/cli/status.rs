@@ -56,6 +56,11 @@ fn text(status: &Value) -> String {
     for subsystem in all(&status["subsystems"]) {
         self::subsystem(&mut text, subsystem);
     }
+    for device in all(&status["devices"]) {
+        let (name, place, model) = (plain(&device["name"]), plain(&device["place"]), plain(&device["model"]));
+        let failure = device["failure"].as_str().map_or_else(String::new, |why| format!("; it has failed: {why}"));
+        let _infallible = writeln!(text, "device       {name}: {place}, {model}{failure}");
+    }
     for export in all(&status["exports"]) {
         let (name, by, address) = (plain(&export["subsystem"]), plain(&export["by"]), plain(&export["address"]));
         let controllers = list(&export["controllers"]);
@@ -98,6 +103,7 @@ fn subsystem(text: &mut String, subsystem: &Value) {
         let owner = plain(&namespace["served_by"]);
         let backing = match &namespace["path"] {
             Value::String(path) => format!("{} {path}", plain(&namespace["backing"])),
+            _ if namespace["device"].is_string() => format!("device {}, its {}", plain(&namespace["device"]), namespace["device_nsid"]),
             _ => plain(&namespace["backing"]),
         };
         let _infallible = writeln!(text, "  namespace  {}: {size}, {backing}, served by {owner}", namespace["nsid"]);

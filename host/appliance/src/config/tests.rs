@@ -207,3 +207,61 @@ fn what_is_moved_to_has_clients_of_its_own_where_vm_managers_move_it() {
     let error = parse(&format!("{several}{VFIO}{other}")).expect_err("refused").to_string();
     assert!(error.contains("2 migratable controllers"), "{error}");
 }
+
+/// What a device's table says, and the line and the error that come of it.
+fn device_wrong(keys: &str) -> (usize, String) {
+    let (text, first) = with(&format!("[[device]]\nname = \"d\"\n{keys}"));
+    match parse(&text).expect_err("must be refused") {
+        ConfigError::Wrong { line, message, help, .. } => (line + 1 - first, format!("{message} / {}", help.unwrap_or_default())),
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_device_is_reached_in_one_way_and_has_the_keys_of_that_way() {
+    const TCP: &str = "nvme-tcp = \"127.0.0.1:4420\"\n";
+    for (keys, line, word) in [
+        ("", 2, "names 0"),
+        ("pci = \"0000:01:00.0\"\npassthru = \"/dev/nvme0\"\n", 2, "names 2"),
+        ("pci = \"01:00\"\n", 3, "0000:01:00.0"),
+        ("pci = \"0000:01:00.0\"\niommu = \"none\"\n", 4, "unsafe-none"),
+        ("pci = \"0000:01:00.0\"\nnqn = \"nqn.x\"\n", 4, "nvme-tcp"),
+        ("passthru = \"nvme0\"\n", 3, "/dev/nvme0"),
+        ("passthru = \"/dev/nvme0\"\nbind = true\n", 4, "pci"),
+        ("nvme-tcp = \"localhost\"\n", 3, "with a port"),
+        (TCP, 2, "nqn"),
+        (&format!("{TCP}nqn = \"nqn.2026-11.org.example:x\"\n"), 2, "host-nqn"),
+        (&format!("{TCP}nqn = \"nqn.a\"\nhost-nqn = \"host\"\n"), 5, "host-nqn"),
+    ] {
+        let (at, text) = device_wrong(keys);
+        assert!(at == line && text.contains(word), "line {at}: {text} ({keys})");
+    }
+}
+
+#[test]
+fn a_namespace_of_a_device_names_one_that_is_there_and_nothing_else() {
+    let device = "[[device]]\nname = \"d\"\npci = \"0000:01:00.0\"\n";
+    let of = |keys: &str| {
+        let namespace = "backing = \"memory\"\nsize = \"1MiB\"\n";
+        parse(&format!("{}{device}", GOOD.replacen(namespace, keys, 1)))
+    };
+    let config = of("backing = \"device\"\ndevice = \"d\"\ndevice-nsid = 3\n").expect("good");
+    assert_eq!(config.file.subsystems[0].namespaces[0].at_device(), Some(("d", 3)));
+    for (keys, word) in [
+        ("backing = \"device\"\n", "names it"),
+        ("backing = \"device\"\ndevice = \"e\"\n", "there are: d"),
+        ("backing = \"device\"\ndevice = \"d\"\ndevice-nsid = 0\n", "no NSID"),
+        ("backing = \"device\"\ndevice = \"d\"\nsize = \"1MiB\"\n", "remove size"),
+        ("backing = \"memory\"\nsize = \"1MiB\"\ndevice = \"d\"\n", "remove device"),
+    ] {
+        let error = format!("{:?}", miette::Report::new(of(keys).expect_err("must be refused")));
+        assert!(error.contains(word), "{error}");
+    }
+    let both = GOOD
+        .replacen("backing = \"memory\"\nsize = \"1MiB\"\n", "backing = \"device\"\ndevice = \"d\"\n", 1)
+        .replacen("backing = \"file\"\npath = \"b.img\"\nsize = \"1MiB\"\n", "backing = \"device\"\ndevice = \"d\"\n", 1);
+    let error = parse(&format!("{both}{device}")).expect_err("overlap").to_string();
+    assert!(error.contains("same bytes"), "{error}");
+    assert_eq!(device::parse_name(&device::name_of("d", 7)), Some(("d", 7)));
+    assert_eq!([device::parse_name("/d/7"), device::parse_name("device:d/0"), device::parse_name("device:d")], [None; 3]);
+}

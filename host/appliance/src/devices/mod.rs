@@ -78,13 +78,24 @@ impl Devices {
         self.open(config, name)?.namespace(nsid)
     }
 
+    /// What is known of a namespace of a device that is open; asks nobody.
+    #[must_use]
+    pub fn known(&self, name: &str, nsid: u32) -> Option<CommandBackingConfig> {
+        self.lock().devices.get(name).and_then(Weak::upgrade)?.known(nsid)
+    }
+
+    /// The devices that are open.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<OpenDevice>> {
+        self.lock().devices.values().filter_map(Weak::upgrade).collect()
+    }
+
     /// Lets the devices that are open follow the memory of a guest, so that data goes straight between the two.
     ///
     /// # Errors
     /// [`DeviceError`].
     pub fn follow(&self, space: &AddressSpace) -> Result<(), DeviceError> {
-        let open: Vec<_> = self.lock().devices.values().filter_map(Weak::upgrade).collect();
-        open.iter().try_for_each(|device| device.follow(space))
+        self.all().iter().try_for_each(|device| device.follow(space))
     }
 }
 

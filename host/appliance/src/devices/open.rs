@@ -88,6 +88,8 @@ pub struct OpenDevice {
     shared: Arc<Shared>,
     /// Namespaces that are backings.
     taken: Mutex<BTreeSet<u32>>,
+    /// What is known of namespaces, as of the last time that somebody asked the device.
+    known: Mutex<BTreeMap<u32, CommandBackingConfig>>,
     queues: AtomicU16,
     place: String,
     thread: Option<JoinHandle<()>>,
@@ -180,6 +182,7 @@ impl OpenDevice {
             waker: thread.thread().clone(),
             thread: Some(thread),
             taken: Mutex::default(),
+            known: Mutex::default(),
             queues: AtomicU16::new(0),
             place: file.place(),
             shared,
@@ -267,7 +270,15 @@ impl OpenDevice {
         if let Some(path) = kernel {
             self.nobody_uses(nsid, &path)?;
         }
-        self.served(nsid, &identify, &controller)
+        let config = self.served(nsid, &identify, &controller)?;
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(nsid, config);
+        Ok(config)
+    }
+
+    /// What is known of a namespace already.
+    #[must_use]
+    pub fn known(&self, nsid: u32) -> Option<CommandBackingConfig> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&nsid).copied()
     }
 
     fn served(&self, nsid: u32, identify: &IdentifyNamespace, controller: &IdentifyController) -> Result<CommandBackingConfig, DeviceError> {

@@ -50,6 +50,10 @@ pub(super) fn value(appliance: &Appliance, view: &CoreView) -> Value {
             "clients": seen.clients, "half_open": seen.half_open, "counters": seen.counters,
         })
     });
+    let devices = config.devices.all().into_iter().map(|device| {
+        let model = device.identify().and_then(|identify| identify.model().map(str::to_owned));
+        json!({ "name": device.name(), "place": device.place(), "model": model, "failure": device.failure() })
+    });
     let policies = policies(config).map(|(role, policy)| json!({ "role": role, "component": policy.component.get_ref() }));
     let lent: Vec<_> = view.lent.iter().map(|(name, cntlid)| json!({ "subsystem": name, "controller": cntlid })).collect();
     json!({
@@ -57,7 +61,7 @@ pub(super) fn value(appliance: &Appliance, view: &CoreView) -> Value {
         "state": if appliance.stopping { "stopping" } else { "running" },
         "uptime_ms": appliance.clock.now().0 / 1_000_000, "records": appliance.records,
         "migration": { "from": migration.from.get_ref(), "to": migration.to.get_ref(), "serving": serving },
-        "subsystems": subsystems, "exports": exports.collect::<Vec<_>>(), "policies": policies,
+        "subsystems": subsystems, "devices": devices.collect::<Vec<_>>(), "exports": exports.collect::<Vec<_>>(), "policies": policies,
         "migrations": appliance.migrations.status(), "lent": lent,
     })
 }
@@ -87,10 +91,14 @@ fn subsystem(appliance: &Appliance, view: &CoreView, nth: usize, serving: &Strin
 fn namespace(config: &Config, namespace: &Namespace, owner: &str) -> Value {
     let path = crate::assembly::file_of(config, namespace);
     let of_file = || path.as_ref().and_then(|path| path.metadata().ok()).map(|file| file.len());
+    let at_device = namespace.at_device();
+    let found = at_device.and_then(|(device, nsid)| config.devices.known(device, nsid));
+    let of_device = found.map(|found| found.blocks.saturating_mul(u64::from(found.block_bytes)));
     json!({
         "nsid": namespace.nsid.get_ref(), "nguid": namespace.nguid.get_ref(), "backing": backing(namespace.backing),
-        "path": path, "bytes": namespace.size.as_ref().map(|size| size.get_ref().0).or_else(of_file),
-        "block_bytes": namespace.block.get_ref().0, "served_by": owner,
+        "path": path, "device": at_device.map(|(device, _)| device), "device_nsid": at_device.map(|(_, nsid)| nsid),
+        "bytes": namespace.size.as_ref().map(|size| size.get_ref().0).or(of_device).or_else(of_file),
+        "block_bytes": found.map_or(namespace.block.get_ref().0, |found| found.block_bytes.into()), "served_by": owner,
     })
 }
 

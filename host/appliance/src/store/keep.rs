@@ -132,6 +132,9 @@ fn inventory(config: &Config, seen_s: i64) -> Vec<NamespaceEntry> {
 
 /// A file's size counts, as when its backing is opened; without a file the configured one does.
 fn bytes(config: &Config, namespace: &Namespace) -> u64 {
+    if let Some((device, nsid)) = namespace.at_device() {
+        return config.devices.known(device, nsid).map_or(0, |found| found.blocks.saturating_mul(u64::from(found.block_bytes)));
+    }
     let file = crate::assembly::file_of(config, namespace).filter(|_| namespace.backing == BackingKind::File);
     let size = file.and_then(|path| std::fs::metadata(path).ok()).map(|file| file.len());
     size.or_else(|| namespace.size.as_ref().map(|size| size.get_ref().0)).unwrap_or(0)
