@@ -7,7 +7,7 @@ mod device;
 mod end;
 mod history;
 mod migrate;
-mod passthru;
+pub(crate) mod passthru;
 mod plugin;
 mod run;
 mod status;
