@@ -5,7 +5,7 @@
 //! - [`function`], [`bar`], [`slot`]: the device seam, and its in-process loopback: registers, doorbells, event lines, the
 //!   interrupt [`pin`], and the slot that lets a guest keep its place when the controller behind it changes;
 //! - [`command`]: the command seam, for controllers that have no registers for us; [`passthru`]: io_uring passthrough to those
-//!   that the kernel owns;
+//!   that the kernel owns; with the feature `kernel-cdq` controller data queues of those, by interfaces that no kernel has yet;
 //! - [`backing`]: where the blocks of a software controller's namespace are; [`uring`]: files by io_uring;
 //! - [`socket`]: byte streams that carry descriptors; [`vfio_user`]: a function over one;
 //! - [`vfio`]: a physical function; [`pci`]: which there are, who has them, and giving them to VFIO and back;
@@ -22,6 +22,8 @@ pub mod command;
 pub mod event;
 pub mod fault;
 pub mod function;
+#[cfg(feature = "kernel-cdq")]
+pub mod kernel_cdq;
 mod line;
 pub mod memory;
 pub mod passthru;

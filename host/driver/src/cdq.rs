@@ -532,7 +532,7 @@ impl Drop for CdqOwner {
     }
 }
 
-fn check(config: &CdqConfig) -> Result<(), CdqError> {
+pub(crate) fn check(config: &CdqConfig) -> Result<(), CdqError> {
     let format = config.format;
     if format.entry_bytes == 0 || !format.entry_bytes.is_multiple_of(4) {
         return Err(CdqError::BadConfig("an entry is a multiple of 4 bytes"));

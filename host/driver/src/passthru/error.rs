@@ -24,6 +24,14 @@ pub enum PassthruError {
         /// What was named.
         path: PathBuf,
     },
+    /// The kernel has no such namespace of a controller.
+    #[error("{path}: the kernel has no namespace {nsid} of this controller: is it attached, and active?")]
+    NoNamespace {
+        /// The controller.
+        path: PathBuf,
+        /// The namespace.
+        nsid: u32,
+    },
     /// A block device was named.
     #[error("{path} is a block device: passthrough goes by the namespace's character device, {right}")]
     BlockDevice {

@@ -103,6 +103,18 @@ pub fn block_devices(name: &str, sys: &Path) -> Vec<String> {
     names
 }
 
+/// The device of a controller's namespace: "/dev/ng0n1" for "/dev/nvme0" and its NSID, whatever the kernel has called it.
+///
+/// # Errors
+/// [`PassthruError`], also for a namespace that the kernel does not have (not attached, or of a command set that it does not know).
+pub fn namespace_device(controller: &Path, nsid: u32) -> Result<PathBuf, PassthruError> {
+    let node = Node::open(controller, Kind::Controller)?;
+    let names = block_devices(&node.name, Path::new("/sys"));
+    let mut paths = names.iter().filter_map(|name| character_device(name)).map(|name| Path::new("/dev").join(name));
+    let is_it = |path: &PathBuf| Node::open(path, Kind::Namespace).is_ok_and(|node| node.nsid == nsid);
+    paths.find(is_it).ok_or_else(|| PassthruError::NoNamespace { path: controller.to_path_buf(), nsid })
+}
+
 /// Which NVMe devices of a kind `/dev` has, in words.
 fn there(kind: Kind) -> String {
     let names = read_dir("/dev").into_iter().flatten().flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());

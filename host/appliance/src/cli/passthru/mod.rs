@@ -54,7 +54,7 @@ fn attempt(args: &PassthruArgs) -> miette::Result<ExitCode> {
 /// Data-changing commands of the specification do not go to a device that somebody here uses, unless by force.
 fn refuse_what_is_in_use(plan: &Plan, target: &dyn Target) -> miette::Result<()> {
     let Some(what) = danger::changes_data(plan.is_admin, plan.entry.cdw0.opcode()) else { return Ok(()) };
-    let uses = in_use::uses(&target.block_devices(), Path::new("/sys"), Path::new("/proc"));
+    let uses = uses(&target.block_devices());
     if uses.is_empty() {
         return Ok(());
     }
@@ -63,6 +63,11 @@ fn refuse_what_is_in_use(plan: &Plan, target: &dyn Target) -> miette::Result<()>
         "{what} would change what is in use: {}",
         uses.join(", ")
     ))
+}
+
+/// Who uses block devices ("nvme0n1") of this machine, in words.
+pub(crate) fn uses(blocks: &[String]) -> Vec<String> {
+    in_use::uses(blocks, Path::new("/sys"), Path::new("/proc"))
 }
 
 fn tell(args: &PassthruArgs, plan: &Plan, reply: &Reply) -> miette::Result<()> {
