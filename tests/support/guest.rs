@@ -61,7 +61,13 @@ pub struct Machine {
     name: String,
     disks: Vec<Disk>,
     modules: Vec<&'static str>,
-    kernel: &'static str,
+    kernel: String,
+    /// Behind an emulated IOMMU.
+    iommu: bool,
+    /// More arguments for QEMU.
+    more: Vec<String>,
+    /// An initial RAM disk in place of the usual one.
+    initrd: Option<PathBuf>,
 }
 
 impl Machine {
@@ -88,22 +94,56 @@ impl Machine {
     }
 
     /// With more options on the kernel's command line.
-    pub fn kernel(mut self, options: &'static str) -> Self {
-        self.kernel = options;
+    pub fn kernel(mut self, options: &str) -> Self {
+        self.kernel = format!("{} {options}", self.kernel);
+        self
+    }
+
+    /// With an IOMMU and the modules for VFIO.
+    pub fn iommu(mut self) -> Self {
+        self.iommu = true;
+        self.modules("vfio").kernel("intel_iommu=on")
+    }
+
+    /// With devices that only QEMU's own words describe.
+    pub fn qemu(mut self, arguments: &[&str]) -> Self {
+        self.more.extend(arguments.iter().map(|argument| (*argument).to_owned()));
+        self
+    }
+
+    /// With programs of the host's in `/usr/bin`, which need no more libraries than the guest has: the usual RAM disk and they are written
+    /// to `file`.
+    pub fn programs(mut self, programs: &[&Path], file: &Path) -> Self {
+        let mut bytes = std::fs::read(folder().join("initrd.cpio")).expect("the initial RAM disk");
+        for program in programs {
+            let name = program.file_name().expect("a program").to_string_lossy();
+            bytes.resize(bytes.len().next_multiple_of(512), 0);
+            cpio_file(&mut bytes, &format!("usr/bin/{name}"), &std::fs::read(program).expect("a program"));
+        }
+        cpio_file(&mut bytes, "TRAILER!!!", &[]);
+        std::fs::write(file, bytes).expect("a RAM disk");
+        self.initrd = Some(file.to_owned());
         self
     }
 
     fn command(&self, folder: &Path, kernel_log: &Path) -> Command {
         let mut qemu = Command::new(folder.join("qemu-system-x86_64"));
-        let memory = format!("memory-backend-memfd,id=memory,share=on,size={MEMORY_MIB}M");
-        let size = format!("{MEMORY_MIB}M");
+        let mib = if self.initrd.is_some() { 2 * MEMORY_MIB } else { MEMORY_MIB };
+        let memory = format!("memory-backend-memfd,id=memory,share=on,size={mib}M");
+        let size = format!("{mib}M");
         let kernel = format!("console=ttyS0 panic=-1 quiet no_timer_check dray.modules={} {}", self.modules.join(","), self.kernel);
         // A nested KVM may be there that cannot run stock kernels: emulation is asked for by name. Without rdrand a young guest
         // has no random numbers yet.
-        qemu.args(["-machine", "q35,memory-backend=memory", "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand", "-smp", "2"]);
+        let machine = if self.iommu { "q35,kernel-irqchip=split,memory-backend=memory" } else { "q35,memory-backend=memory" };
+        qemu.args(["-machine", machine, "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand", "-smp", "2"]);
         qemu.args(["-object", &memory, "-m", &size, "-nodefaults", "-nographic", "-append", &kernel]);
-        qemu.arg("-kernel").arg(folder.join("vmlinuz")).arg("-initrd").arg(folder.join("initrd.cpio"));
+        let initrd = self.initrd.clone().unwrap_or_else(|| folder.join("initrd.cpio"));
+        qemu.arg("-kernel").arg(folder.join("vmlinuz")).arg("-initrd").arg(initrd);
         qemu.args(["-serial", &format!("file:{}", kernel_log.display()), "-serial", "stdio"]);
+        if self.iommu {
+            qemu.args(["-device", "intel-iommu,intremap=on"]);
+        }
+        qemu.args(&self.more);
         for (at, disk) in self.disks.iter().enumerate() {
             match disk {
                 Disk::VfioUser(socket) => {
@@ -121,6 +161,19 @@ impl Machine {
         }
         qemu
     }
+}
+
+/// Appends a program in cpio's "newc" format, or the mark of the archive's end.
+fn cpio_file(into: &mut Vec<u8>, name: &str, bytes: &[u8]) {
+    let (mode, len) = (0o100_755, bytes.len());
+    let fields = [0, mode, 0, 0, 1, 0, len, 0, 0, 0, 0, name.len() + 1, 0];
+    into.extend_from_slice(b"070701");
+    fields.iter().for_each(|field| into.extend_from_slice(format!("{field:08x}").as_bytes()));
+    into.extend_from_slice(name.as_bytes());
+    into.push(0);
+    into.resize(into.len().next_multiple_of(4), 0);
+    into.extend_from_slice(bytes);
+    into.resize(into.len().next_multiple_of(4), 0);
 }
 
 /// Why a step did not work.
