@@ -64,7 +64,9 @@ pub struct Machine {
     name: String,
     disks: Vec<Disk>,
     modules: Vec<&'static str>,
-    kernel: &'static str,
+    kernel: String,
+    /// Behind an emulated IOMMU.
+    iommu: bool,
     initrd: Option<PathBuf>,
     options: Vec<String>,
 }
@@ -93,9 +95,15 @@ impl Machine {
     }
 
     /// With more options on the kernel's command line.
-    pub fn kernel(mut self, options: &'static str) -> Self {
-        self.kernel = options;
+    pub fn kernel(mut self, options: &str) -> Self {
+        self.kernel = format!("{} {options}", self.kernel);
         self
+    }
+
+    /// With an IOMMU and the modules for VFIO.
+    pub fn iommu(mut self) -> Self {
+        self.iommu = true;
+        self.modules("vfio").kernel("intel_iommu=on")
     }
 
     /// With another initial RAM disk than the usual one.
@@ -112,16 +120,22 @@ impl Machine {
 
     fn command(&self, folder: &Path, kernel_log: &Path) -> Command {
         let mut qemu = Command::new(folder.join("qemu-system-x86_64"));
-        let memory = format!("memory-backend-memfd,id=memory,share=on,size={MEMORY_MIB}M");
-        let size = format!("{MEMORY_MIB}M");
+        let mib = if self.initrd.is_some() { 2 * MEMORY_MIB } else { MEMORY_MIB };
+        let memory = format!("memory-backend-memfd,id=memory,share=on,size={mib}M");
+        let size = format!("{mib}M");
         let kernel = format!("console=ttyS0 panic=-1 quiet no_timer_check dray.modules={} {}", self.modules.join(","), self.kernel);
         // A nested KVM may be there that cannot run stock kernels: emulation is asked for by name. Without rdrand a young guest
         // has no random numbers yet.
-        qemu.args(["-machine", "q35,memory-backend=memory", "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand", "-smp", "2"]);
+        let machine = if self.iommu { "q35,kernel-irqchip=split,memory-backend=memory" } else { "q35,memory-backend=memory" };
+        qemu.args(["-machine", machine, "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand", "-smp", "2"]);
         qemu.args(["-object", &memory, "-m", &size, "-nodefaults", "-nographic", "-append", &kernel]);
         let initrd = self.initrd.clone().unwrap_or_else(|| folder.join("initrd.cpio"));
         qemu.arg("-kernel").arg(folder.join("vmlinuz")).arg("-initrd").arg(initrd);
         qemu.args(["-serial", &format!("file:{}", kernel_log.display()), "-serial", "stdio"]);
+        if self.iommu {
+            qemu.args(["-device", "intel-iommu,intremap=on"]);
+        }
+        qemu.args(&self.options);
         for (at, disk) in self.disks.iter().enumerate() {
             match disk {
                 Disk::VfioUser(socket) => {
@@ -134,7 +148,6 @@ impl Machine {
                 }
             };
         }
-        qemu.args(&self.options);
         if self.modules.contains(&"net") {
             qemu.args(["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]);
         }

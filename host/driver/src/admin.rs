@@ -4,7 +4,7 @@ use crate::error::{DriverError, Fault};
 use crate::requests::{Events, Requests};
 use crate::ring::{Data, Overdue, Ring};
 use dray_device::command::{Completion, SubmitError};
-use dray_device::memory::PAGE;
+use dray_device::memory::{PAGE, Pages};
 use dray_device::space::{AddressSpace, MappedBuffer};
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::event::AsyncEvent;
@@ -92,8 +92,8 @@ pub(crate) struct Admin {
 }
 
 impl Admin {
-    pub(crate) fn new(space: &AddressSpace, entries: u32, timeout_ns: u64) -> Result<Self, DriverError> {
-        let requests = Requests::new("dray-admin-data", entries as usize)?;
+    pub(crate) fn new(space: &AddressSpace, entries: u32, timeout_ns: u64, pages: Pages) -> Result<Self, DriverError> {
+        let requests = Requests::new("dray-admin-data", entries as usize, pages)?;
         Ok(Self {
             ring: None,
             _mapping: MappedBuffer::new(space, requests.memory().clone())?,

@@ -10,6 +10,7 @@ use crate::ring::{MAX_ENTRIES, RingShape};
 use dray_device::command::SubmitError;
 use dray_device::event::EventLine;
 use dray_device::function::Function;
+use dray_device::memory::Pages;
 use dray_device::poll::{Next, Poll, Progress, Time};
 use dray_device::space::{AddressSpace, MappedBuffer};
 use dray_nvme::command::SubmissionEntry;
@@ -90,7 +91,7 @@ impl Driver {
     pub fn new(function: Arc<dyn Function>, config: DriverConfig) -> Result<Self, DriverError> {
         let entries = queue_entries(u32::from(config.admin_entries), 8, MAX_ENTRIES);
         let admin_shape = RingShape { entries, max_transfer: crate::admin::MAX_ADMIN_DATA };
-        let admin = Admin::new(function.space(), entries, timeout_ns(config.admin_timeout_ms))?;
+        let admin = Admin::new(function.space(), entries, timeout_ns(config.admin_timeout_ms), config.pages)?;
         let admin_memory = admin_shape.memory(function.space(), config.pages)?;
         let line = function.event_line(0);
         Ok(Self {
@@ -183,6 +184,12 @@ impl Driver {
     #[must_use]
     pub fn space(&self) -> &AddressSpace {
         self.function.space()
+    }
+
+    /// Which pages its queues are made of; buffers for it are best made of the same.
+    #[must_use]
+    pub fn pages(&self) -> Pages {
+        self.config.pages
     }
 
     /// Most bytes of data in one admin command: MDTS, at most 128 KiB.

@@ -53,7 +53,7 @@ pub struct Query<T> {
 }
 
 impl<T> Query<T> {
-    fn send(
+    pub(crate) fn send(
         driver: &mut Driver,
         now: Time,
         command: &'static str,

@@ -65,11 +65,11 @@ pub(crate) struct Requests {
 
 impl Requests {
     /// For a queue of `depth` commands. Their data goes through [`memory`](Self::memory).
-    pub(crate) fn new(name: &str, depth: usize) -> Result<Self, MemoryError> {
+    pub(crate) fn new(name: &str, depth: usize, pages: Pages) -> Result<Self, MemoryError> {
         let free =
             Request { serial: 0, stage: Stage::Free, pages: 0, first_page: 0, bytes: 0, returns_data: false, data: Vec::new() };
         Ok(Self {
-            memory: DmaBuffer::allocate(name, PAGES * PAGE, Pages::Small)?,
+            memory: DmaBuffer::allocate(name, PAGES * PAGE, pages)?,
             used: 0,
             places: vec![free; depth * ANSWERS_PER_COMMAND],
             serial: 0,
@@ -257,7 +257,7 @@ mod tests {
 
     #[test]
     fn data_goes_through_pages_and_is_answered_once() {
-        let mut requests = Requests::new("test", 1).expect("memory");
+        let mut requests = Requests::new("test", 1, Pages::Small).expect("memory");
         let out = requests.place(AdminData::Out(&[1; 6000]), 8192).expect("room");
         let segment = requests.segment(&out).expect("data");
         let mut bytes = [9; 6000];

@@ -14,7 +14,7 @@
 //! ("NVMCS"). A builder's data pointer is zero unless it takes one; the command identifier is the queue's to set.
 //!
 //! **What it does not do yet.** Command sets other than NVM (opcodes and structures of ZNS and KV);
-//! Identify Namespace NVM (CNS 05h, needed by extended LBA formats only); reservations, directives, security and
+//! Identify Namespace NVM (CNS 05h, needed by extended LBA formats only); reservations but for their report, directives, security and
 //! firmware commands; the contents of CMB, PMR and boot-partition registers. Checks that need a controller's limits
 //! (MDTS, MQES, namespace size) belong to the driver and to the controller, not here.
 //!
@@ -40,10 +40,12 @@ pub mod feature;
 pub mod identify;
 pub mod log;
 pub mod registers;
+pub mod reservation;
 pub mod state;
 pub mod status;
 pub mod tcp;
 pub mod track;
+pub mod virtualization;
 
 /// An output buffer is too small for what was to be written into it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -82,7 +82,7 @@ enum Command {
     /// Move a namespace while its guest writes, compare every block, account for every write
     #[command(after_help = "Example: dray demo --rate 10000 --json | tail -n 1 | python3 -m json.tool")]
     Demo(DemoArgs),
-    /// Look at the controllers of the configuration
+    /// Look at controllers; take physical drives from the kernel, try them, give them back
     #[command(subcommand)]
     Device(DeviceCommand),
     /// Look at controller data queues
@@ -194,8 +194,10 @@ fn file_of_nsid(text: &str) -> Result<(u32, PathBuf), String> {
 
 #[derive(Debug, Subcommand)]
 enum DeviceCommand {
-    /// List controllers and namespaces
+    /// List controllers and namespaces of the configuration, and the machine's NVMe functions
     #[command(after_help = "Example: dray device list\n\n\
+        Of each function: its driver, IOMMU group, virtual functions, what the machine uses it for, and whether it can do host managed \
+        live migration (Identify, through the kernel's driver or, if vfio-pci has it and nobody uses it, by our own).\n\n\
         Files are those that serve, by the records of migrations and media moves. While an appliance runs it is refused: \
         `dray status` shows what that has.")]
     List {
@@ -205,15 +207,50 @@ enum DeviceCommand {
     },
     /// Show all that a controller says of itself: registers, Identify structures, log pages, features
     #[command(after_help = "Example: dray device identify source:2\n\n\
-        `dray device identify vfio-user:source.sock` looks at whatever NVMe controller is behind that socket. It is reset and \
+        `dray device identify vfio-user:source.sock` looks at whatever NVMe controller is behind that socket, \
+        `dray device identify pci:0000:01:00.0` at the drive that is bound to vfio-pci. It is reset and \
         brought up for that, and shut down again: it must be nobody else's.")]
     Identify {
-        /// SUBSYSTEM:CNTLID, as `dray device list` shows them, or vfio-user:PATH for an NVMe controller behind that socket
+        /// SUBSYSTEM:CNTLID, as `dray device list` shows them, vfio-user:PATH for an NVMe controller behind that socket, or pci:ADDRESS
         device: String,
+        #[command(flatten)]
+        pci: device::PciArgs,
         /// As JSON
         #[arg(long)]
         json: bool,
     },
+    /// Take an NVMe function from the kernel and give it to vfio-pci
+    #[command(after_help = "Example: dray device bind 0000:01:00.0\n\n\
+        Refused while a filesystem on it is mounted, it is swap space, part of LVM or RAID, opened exclusively, or the boot disk.")]
+    Bind {
+        /// Its PCI address
+        address: String,
+    },
+    /// Give an NVMe function back to the kernel's driver
+    #[command(after_help = "Example: dray device unbind 0000:01:00.0")]
+    Unbind {
+        /// Its PCI address
+        address: String,
+    },
+    /// Make virtual functions, give each queues and interrupts and bring it online; 0 takes them away
+    #[command(after_help = "Example: dray device vfs 0000:01:00.0 2\n\n\
+        They live as long as whoever drives the physical function does not reset it. Where the kernel has it, the command ends when they \
+        are online. Where vfio-pci has it, this command drives it, prints the VF token, and takes them away again at Ctrl-C.")]
+    Vfs {
+        /// PCI address of the physical function
+        address: String,
+        /// How many
+        count: u16,
+        #[command(flatten)]
+        pci: device::PciArgs,
+    },
+    /// Format a namespace of a physical drive: all its data is lost
+    #[command(after_help = "Example: dray device format pci:0000:01:00.0 --nsid 1 --destroys-data")]
+    Format(device::FormatArgs),
+    /// Write a pattern to a namespace of a physical drive, read it back and compare: what was there is lost
+    #[command(after_help = "Example: dray device exercise pci:0000:01:00.0 --nsid 1 --bytes 256MiB --destroys-data\n\n\
+        Exit codes: 0 all that was read is what was written; 1 it is not, or the drive failed.")]
+    Exercise(device::ExerciseArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -280,7 +317,12 @@ pub fn main() -> ExitCode {
         Command::ServeEnd(args) => end::run(&cli.config, &args),
         Command::Demo(args) => demo::run(&cli.config, &args),
         Command::Device(DeviceCommand::List { json }) => device::list(&cli.config, json),
-        Command::Device(DeviceCommand::Identify { device, json }) => device::identify(&cli.config, &device, json),
+        Command::Device(DeviceCommand::Identify { device, pci, json }) => device::identify(&cli.config, &device, &pci, json),
+        Command::Device(DeviceCommand::Bind { address }) => device::bind(&address),
+        Command::Device(DeviceCommand::Unbind { address }) => device::unbind(&address),
+        Command::Device(DeviceCommand::Vfs { address, count, pci }) => device::vfs(&address, count, &pci),
+        Command::Device(DeviceCommand::Format(args)) => device::format(&args),
+        Command::Device(DeviceCommand::Exercise(args)) => device::exercise(&args),
         Command::Cdq(CdqCommand::Watch { entries, json }) => cdq::watch(&cli.config, entries, json, cli.verbose > 0),
         Command::Passthru(args) => passthru::run(&args),
         Command::Plugin(PluginCommand::Inspect { file, json }) => plugin::inspect(&file, json),

@@ -5,6 +5,7 @@ use super::error::TcpError;
 use crate::admin::{AdminAnswer, AdminData, Event, MAX_ADMIN_DATA, Ticket};
 use crate::requests::{self, Events};
 use dray_device::command::{Completion, SubmitError};
+use dray_device::memory::Pages;
 use dray_device::poll::Time;
 use dray_nvme::command::SubmissionEntry;
 
@@ -22,7 +23,7 @@ pub(super) struct Requests {
 
 impl Requests {
     pub(super) fn new(depth: usize) -> Result<Self, TcpError> {
-        let requests = requests::Requests::new("dray-tcp-admin", depth)?;
+        let requests = requests::Requests::new("dray-tcp-admin", depth, Pages::Small)?;
         Ok(Self { requests, events: Events::new(), keeping_alive: false })
     }
 

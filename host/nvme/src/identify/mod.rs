@@ -33,6 +33,7 @@ open_value! {
         0x11 ALLOCATED_NAMESPACE "Identify Namespace, allocated",
         0x12 NAMESPACE_CONTROLLERS "Controller list of a namespace",
         0x13 CONTROLLERS "Controller list of the subsystem",
+        0x14 PRIMARY_CAPABILITIES "Primary Controller Capabilities",
         0x15 SECONDARY_CONTROLLERS "Secondary Controller list",
         0x1C COMMAND_SETS "I/O Command Set structure",
         0x20 CONTROLLER_STATE_FORMATS "Supported Controller State Formats",

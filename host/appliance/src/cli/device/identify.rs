@@ -2,6 +2,7 @@
 
 use super::follow::Followed;
 use super::page::Page;
+use super::physical::{PCI, PciArgs};
 use super::session::{Answer, Session};
 use super::{Device, controller, devices, feature, log, namespace, print, registers, start};
 use crate::config::{Config, Role};
@@ -24,7 +25,10 @@ const VFIO_USER: &str = "vfio-user:";
 type Name = (&'static str, &'static str, &'static str);
 
 /// Shows all structures of the controller that is called `device`.
-pub(in super::super) fn run(config: &Path, device: &str, as_json: bool) -> miette::Result<ExitCode> {
+pub(in super::super) fn run(config: &Path, device: &str, pci: &PciArgs, as_json: bool) -> miette::Result<ExitCode> {
+    if device.starts_with(PCI) {
+        return of_others(device, pci.session(device, pci.driver())?, as_json);
+    }
     if let Some(path) = device.strip_prefix(VFIO_USER) {
         return behind_socket(device, Path::new(path), as_json);
     }
@@ -44,7 +48,11 @@ pub(in super::super) fn run(config: &Path, device: &str, as_json: bool) -> miett
 
 /// Shows all structures of whatever NVMe controller is behind a vfio-user socket.
 fn behind_socket(name: &str, path: &Path, as_json: bool) -> miette::Result<ExitCode> {
-    let mut session = Session::elsewhere(name, crate::apart::connect(path, AddressSpace::default())?)?;
+    of_others(name, Session::elsewhere(name, crate::apart::connect(path, AddressSpace::default())?)?, as_json)
+}
+
+/// Shows all structures of a controller that nobody here configured.
+fn of_others(name: &str, mut session: Session<'_>, as_json: bool) -> miette::Result<ExitCode> {
     let id = session.driver().identify().copied();
     let id = id.ok_or_else(|| miette!("{name}: no Identify Controller"))?;
     let (is_management, nqn) = (id.oacs.hmlms(), id.subsystem_nqn().unwrap_or("?").to_owned());

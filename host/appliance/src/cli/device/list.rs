@@ -4,11 +4,11 @@ use super::follow::Followed;
 use super::identify::ask;
 use super::page::hex;
 use super::session::Session;
-use super::{Device, devices, file_of, is_missing, print, start};
+use super::{Device, devices, file_of, is_missing, machine, print, start};
 use crate::config::units::Size;
 use crate::config::{self, BackingKind, Config, Role, nguid_bytes};
 use dray_nvme::identify::{Cns, IdentifyController, IdentifyNamespace, nsid_list};
-use miette::miette;
+use miette::{IntoDiagnostic, miette};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::ExitCode;
@@ -27,19 +27,29 @@ struct Listed<'a> {
     moved_to: Option<String>,
 }
 
-/// Lists all controllers and namespaces of the configuration.
+/// Lists all controllers and namespaces of the configuration, and the machine's NVMe functions. Without the file the machine's are listed
+/// alone.
 pub(in super::super) fn run(config: &Path, as_json: bool) -> miette::Result<ExitCode> {
-    let followed = Followed::read(config)?;
-    let config = &followed.config;
-    let mut listed = gather(config)?;
-    for one in &mut listed {
-        one.moved_to = followed.elsewhere(&one.device).map(str::to_owned);
+    let followed = if config.exists() { Some(Followed::read(config)?) } else { None };
+    let mut listed = Vec::new();
+    if let Some(followed) = &followed {
+        listed = gather(&followed.config)?;
+        for one in &mut listed {
+            one.moved_to = followed.elsewhere(&one.device).map(str::to_owned);
+        }
     }
+    let found = machine::gather().into_diagnostic()?;
+    let config_of = followed.as_ref().map(|followed| &followed.config);
     if as_json {
-        let all: Vec<_> = listed.iter().map(|one| one.to_json(config)).collect();
-        print(&format!("{:#}\n", json!({ "devices": all })))?;
+        let all: Vec<_> = config_of.map_or_else(Vec::new, |config| listed.iter().map(|one| one.to_json(config)).collect());
+        let pci: Vec<_> = found.iter().map(machine::Found::to_json).collect();
+        print(&format!("{:#}\n", json!({ "devices": all, "pci": pci })))?;
     } else {
-        print(&text(config, &listed))?;
+        let ours = match config_of {
+            Some(config) => text(config, &listed),
+            None => format!("There is no {}: controllers of a configuration are not listed.\n", config.display()),
+        };
+        print(&format!("{ours}\n{}", machine::text(&found)))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -152,7 +162,7 @@ impl Listed<'_> {
 }
 
 /// Aligns a table's columns; the last one is as long as it is.
-fn table(rows: &[Vec<String>]) -> String {
+pub(super) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max().unwrap_or(0);
     let widths: Vec<_> = (0..columns).map(width).collect();
@@ -165,7 +175,7 @@ fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+pub(super) fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
     cells.map(str::to_owned).to_vec()
 }
 

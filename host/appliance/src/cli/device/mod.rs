@@ -1,24 +1,37 @@
-//! `dray device list` and `dray device identify`: the configuration's controllers, brought up in this process and asked by our
-//! own driver what they are.
+//! `dray device …`. `list` and `identify` bring the configuration's controllers up in this process and ask them by our own driver what
+//! they are; physical functions are listed ([`machine`]), taken from the kernel and given back ([`bind`]), opened through VFIO
+//! ([`physical`]), formatted, tried ([`exercise`]) and given virtual functions ([`vfs`]).
 //!
 //! Looking changes nothing: the file of a namespace that is not there yet is not made; such a namespace has its size and no
 //! blocks ([`absent`]). What is opened is what the durable records say serves ([`follow`]), and never what a running appliance
 //! has open.
 
 mod absent;
+mod bind;
 mod controller;
+mod exercise;
 mod feature;
 mod follow;
+mod format;
 mod identify;
 mod list;
 mod log;
+mod machine;
 mod namespace;
 mod page;
+mod pattern;
+mod physical;
 mod registers;
 mod session;
+mod vfs;
 
+pub(super) use bind::{bind, unbind};
+pub(super) use exercise::{ExerciseArgs, run as exercise};
+pub(super) use format::{FormatArgs, run as format};
 pub(super) use identify::run as identify;
 pub(super) use list::run as list;
+pub(super) use physical::PciArgs;
+pub(super) use vfs::run as vfs;
 
 use crate::assembly::{self, Machine};
 use crate::config::{self, BackingKind, Config, Role};

@@ -1,0 +1,263 @@
+//! Physical functions through VFIO, in a stock guest: QEMU's own NVMe controllers behind an emulated IOMMU, which nobody here wrote, and the
+//! `dray` binary inside. What VFIO needs of a kernel is not there where tests run, so this is where it is tried.
+//!
+//! Two boots: one machine with drives that are listed, taken, identified, formatted, exercised, given back and pulled out; one with a drive
+//! that has virtual functions.
+
+#[path = "../support/cpio.rs"]
+#[allow(dead_code)]
+mod cpio;
+#[path = "../support/dray_in_guest.rs"]
+#[allow(dead_code)]
+mod dray_in_guest;
+#[path = "../support/guest.rs"]
+#[allow(dead_code)]
+mod guest;
+
+use dray_in_guest::Initrd;
+use guest::{Guest, Machine, STEP, Trouble};
+use serde_json::Value;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Bytes of a drive.
+const DRIVE: u64 = 64 << 20;
+
+/// A folder of a test's own; it goes with this.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let folder = std::env::temp_dir().join(format!("dray-vfio-{name}-{}", std::process::id()));
+        fs::create_dir_all(&folder).expect("a folder");
+        Self(folder)
+    }
+
+    fn drive(&self, name: &str) -> PathBuf {
+        let file = self.0.join(name);
+        fs::File::create(&file).and_then(|file| file.set_len(DRIVE)).expect("a drive");
+        file
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _gone = fs::remove_dir_all(&self.0);
+    }
+}
+
+
+/// A `dray` command in the guest. Its output goes through a pipe: messages are not for a terminal.
+fn command(words: &str) -> String {
+    format!("dray {words} 2>&1 | cat")
+}
+
+/// What was printed, without the lines and marks that messages are framed with.
+fn words(said: &str) -> String {
+    said.replace(['│', '×', '·', '╰', '─', '▶', '├'], " ").split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn good(guest: &mut Guest, words: &str) -> String {
+    guest.run(&command(words))
+}
+
+/// A command that must fail, with a message.
+#[track_caller]
+fn refused(guest: &mut Guest, command_words: &str) -> String {
+    match guest.step(&command(command_words), STEP) {
+        Err(Trouble::Failed(1, said)) => words(&said),
+        other => panic!("`dray {command_words}` should have been refused: {other:?}"),
+    }
+}
+
+fn json(said: &str) -> Value {
+    let from = said.find('{').unwrap_or(0);
+    serde_json::from_str(&said[from..]).unwrap_or_else(|error| panic!("{error}: {said}"))
+}
+
+fn functions(guest: &mut Guest) -> Vec<Value> {
+    json(&good(guest, "device list --json"))["pci"].as_array().cloned().expect("a list")
+}
+
+/// The physical function of the drive of that serial number.
+#[track_caller]
+fn drive(guest: &mut Guest, serial: &str) -> Value {
+    let all = functions(guest);
+    let found = all.iter().find(|one| one["serial"] == serial && one["physical_function"].is_null()).cloned();
+    found.unwrap_or_else(|| panic!("no drive {serial}: {all:#?}"))
+}
+
+fn address(function: &Value) -> String {
+    function["address"].as_str().expect("an address").to_owned()
+}
+
+/// Blocks of 512 bytes of a drive's file that say where they belong, and are there.
+fn blocks_in_place(file: &Path) -> u64 {
+    let file = fs::File::open(file).expect("the drive");
+    let mut word = [0; 8];
+    let in_place = |lba: &u64| file.read_exact_at(&mut word, lba * 512).is_ok() && u64::from_le_bytes(word) == *lba && *lba != 0;
+    (0..DRIVE / 512).filter(in_place).count() as u64
+}
+
+/// QEMU's monitor.
+struct Monitor(BufReader<UnixStream>);
+
+impl Monitor {
+    fn connect(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket).expect("QEMU's monitor");
+        stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a time-out");
+        let mut monitor = Self(BufReader::new(stream));
+        monitor.ask("{\"execute\":\"qmp_capabilities\"}");
+        monitor
+    }
+
+    /// Sends a command and waits for its answer; events are passed over.
+    fn ask(&mut self, command: &str) {
+        self.0.get_mut().write_all(command.as_bytes()).expect("to QEMU");
+        loop {
+            let mut line = String::new();
+            self.0.read_line(&mut line).expect("from QEMU");
+            assert!(!line.is_empty() && !line.contains("\"error\""), "{command}: {line}");
+            if line.contains("\"return\"") {
+                return;
+            }
+        }
+    }
+}
+
+/// Starts an exercise in the guest that goes on while other steps run, and waits until it writes.
+fn start_exercise(guest: &mut Guest, address: &str, file: &Path) {
+    let before = blocks_in_place(file);
+    guest.run(&format!("start exercise 'dray device exercise pci:{address} --nsid 1 --bytes 60MiB --seed 99 --destroys-data'"));
+    let end = Instant::now() + STEP;
+    while blocks_in_place(file) <= before {
+        assert!(Instant::now() < end, "the exercise writes nothing");
+        if let Err(trouble) = guest.step("running exercise", STEP) {
+            panic!("the exercise has ended: {trouble:?}");
+        }
+    }
+}
+
+/// How the exercise that was started ended: it must have failed, and say why.
+#[track_caller]
+fn end_exercise(guest: &mut Guest) -> String {
+    match guest.step("finish exercise 120", STEP) {
+        Err(Trouble::Failed(1, said)) => words(&said),
+        other => panic!("the exercise should have failed: {other:?}"),
+    }
+}
+
+#[test]
+fn a_drive_is_taken_tried_given_back_and_pulled_out() {
+    let _turn = guest::turn();
+    let folder = Folder::new("drive");
+    let (file, socket) = (folder.drive("drive.img"), folder.0.join("qmp"));
+    let initrd = Initrd::with_dray();
+    let machine = Machine::new("vfio").iommu().initrd(initrd.path()).qemu(&[
+        "-qmp",
+        &format!("unix:{},server=on,wait=off", socket.display()),
+        "-device",
+        "pcie-root-port,id=port,slot=1,chassis=1",
+        "-drive",
+        &format!("file={},if=none,id=disk,format=raw", file.display()),
+        "-device",
+        "nvme,id=drive,serial=plain,drive=disk,bus=port",
+    ]);
+    let mut guest = Guest::boot(&machine);
+    // The kernel has it.
+    let function = drive(&mut guest, "plain");
+    let at = address(&function);
+    let group = &function["iommu_group"];
+    assert_eq!((&function["owner"], &function["live_migration"]["hmlms"]), (&"nvme".into(), &false.into()), "{function:#}");
+    assert!(group.is_u64(), "{function:#}");
+    let block = function["block_devices"][0]["name"].as_str().expect("a block device").to_owned();
+    assert!(refused(&mut guest, &format!("device identify pci:{at}")).contains("not bound to vfio-pci but to nvme"));
+    // What lives on it keeps it.
+    guest.run(&format!("mkfs.ext4 -q -F /dev/{block} && mount -t ext4 /dev/{block} /mnt"));
+    let said = refused(&mut guest, &format!("device bind {at}"));
+    assert!(said.contains(&format!("{block} is mounted at /mnt")), "{said}");
+    assert_eq!(drive(&mut guest, "plain")["owner"], "nvme");
+    guest.run("umount /mnt");
+    // Ours.
+    assert!(good(&mut guest, &format!("device bind {at}")).contains("is bound to vfio-pci now"));
+    let function = drive(&mut guest, "plain");
+    assert_eq!((&function["owner"], &function["live_migration"]["hmlms"]), (&"vfio-pci".into(), &false.into()), "{function:#}");
+    let identified = json(&good(&mut guest, &format!("device identify pci:{at} --json")));
+    let id = &identified["identify_controller"];
+    assert_eq!((&id["sn"], &id["mn"]), (&"plain".into(), &"QEMU NVMe Ctrl".into()), "{id:#}");
+    // Formatted: nothing of the filesystem is left where it began.
+    let said = refused(&mut guest, &format!("device format pci:{at} --nsid 1"));
+    assert!(said.contains("--destroys-data"), "{said}");
+    assert!(refused(&mut guest, &format!("device format pci:{at} --nsid 1 --lbaf 60 --destroys-data")).contains("has no LBA format 60"));
+    let said = good(&mut guest, &format!("device format pci:{at} --nsid 1 --destroys-data"));
+    assert!(said.contains("131072 blocks of 512 bytes (64 MiB)"), "{said}");
+    // Written, read back, compared; and where it should be by the file outside.
+    let said = json(&good(&mut guest, &format!("device exercise pci:{at} --nsid 1 --bytes 8MiB --seed 7 --destroys-data --json")));
+    assert_eq!((&said["verified"], &said["differing"]), (&true.into(), &0.into()), "{said:#}");
+    let blocks = said["blocks"].as_u64().expect("blocks");
+    assert!(blocks > 8192 && said["depths"].as_array().is_some_and(|depths| depths.len() == 4), "{said:#}");
+    assert!(blocks_in_place(&file) >= blocks - 1, "{} of {blocks} blocks are on the drive", blocks_in_place(&file));
+    // One program at a time.
+    start_exercise(&mut guest, &at, &file);
+    assert!(refused(&mut guest, &format!("device identify pci:{at}")).contains("in use by another process"));
+    assert!(refused(&mut guest, &format!("device unbind {at}")).contains("in use by a program through VFIO"));
+    // Pulled out: the kernel asks for it, the program leaves with an error, and the drive is gone.
+    Monitor::connect(&socket).ask("{\"execute\":\"device_del\",\"arguments\":{\"id\":\"drive\"}}");
+    let said = end_exercise(&mut guest);
+    assert!(said.contains("the kernel wants the device back"), "{said}");
+    guest.run(&format!("await 60 test ! -e /sys/bus/pci/devices/{at}"));
+    assert!(functions(&mut guest).is_empty());
+    guest.off();
+}
+
+#[test]
+fn virtual_functions_get_queues_and_interrupts_and_work() {
+    let _turn = guest::turn();
+    let folder = Folder::new("virtual");
+    let file = folder.drive("drive.img");
+    let initrd = Initrd::with_dray();
+    let machine = Machine::new("vfio-vfs").iommu().initrd(initrd.path()).qemu(&[
+        "-device",
+        "nvme-subsys,id=subsys,nqn=shared",
+        "-device",
+        "pcie-root-port,id=port,slot=1,chassis=1",
+        "-device",
+        "nvme,id=drive,serial=parent,subsys=subsys,bus=port,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
+        "-drive",
+        &format!("file={},if=none,id=disk,format=raw", file.display()),
+        "-device",
+        "nvme-ns,drive=disk,bus=drive,nsid=1,shared=on",
+    ]);
+    let mut guest = Guest::boot(&machine);
+    let physical = drive(&mut guest, "parent");
+    let at = address(&physical);
+    assert_eq!(physical["virtual_functions_total"], 2, "{physical:#}");
+    assert!(refused(&mut guest, &format!("device vfs {at} 3")).contains("can have 2 virtual functions, not 3"));
+    let said = good(&mut guest, &format!("device vfs {at} 2"));
+    assert_eq!(said.matches("2 queues, 1 interrupts, online").count(), 2, "{said}");
+    let physical = drive(&mut guest, "parent");
+    let virtual_functions: Vec<String> =
+        physical["virtual_functions"].as_array().expect("a list").iter().filter_map(|one| one.as_str().map(str::to_owned)).collect();
+    assert_eq!(virtual_functions.len(), 2, "{physical:#}");
+    assert!(refused(&mut guest, &format!("device bind {at}")).contains("it has 2 virtual functions"));
+    // Both through VFIO, each in its own group, at work.
+    for one in &virtual_functions {
+        good(&mut guest, &format!("device bind {one}"));
+        let identified = json(&good(&mut guest, &format!("device identify pci:{one} --json")));
+        assert_eq!(identified["identify_controller"]["sn"], "parent");
+    }
+    let first = &virtual_functions[0];
+    let said = json(&good(&mut guest, &format!("device exercise pci:{first} --nsid 1 --bytes 2MiB --seed 3 --destroys-data --json")));
+    assert_eq!(said["verified"], true, "{said:#}");
+    // One to the kernel, which makes a disk of it; then none.
+    let second = &virtual_functions[1];
+    assert!(good(&mut guest, &format!("device unbind {second}")).contains("the driver nvme has it now"));
+    assert!(good(&mut guest, &format!("device vfs {at} 0")).contains("no virtual functions"));
+    guest.run(&format!("await 60 test ! -e /sys/bus/pci/devices/{first}"));
+    assert_eq!(drive(&mut guest, "parent")["virtual_functions"], Value::Array(Vec::new()));
+    guest.off();
+}
