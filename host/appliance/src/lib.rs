@@ -12,6 +12,7 @@ pub mod config;
 pub mod control;
 pub mod core;
 pub mod image;
+pub mod init;
 pub mod live;
 pub mod moving;
 pub mod policies;

@@ -6,6 +6,7 @@
 
 mod check;
 pub mod export;
+pub mod image;
 pub mod units;
 
 pub use check::parse_nguid as nguid_bytes;
@@ -37,6 +38,9 @@ pub struct File {
     /// The demo's guest.
     #[serde(default)]
     pub guest: Guest,
+    /// What the bootable image does with its machine.
+    #[serde(default)]
+    pub image: image::Image,
 }
 
 /// How the polling cores behave.
