@@ -11,6 +11,8 @@ mod plugin;
 mod run;
 mod status;
 
+pub(crate) use status::text as status_text;
+
 use crate::config::units::Size;
 use clap::{Args, Parser, Subcommand};
 use std::io::IsTerminal;

@@ -5,7 +5,7 @@
 //! 2. loads the sets `base` and `disk` of kernel modules ([`modules`]),
 //! 3. waits for the partitions and mounts the configuration and the state ([`mounts`]),
 //! 4. reads the configuration, and does what its table `[image]` says ([`crate::config::image`]): modules, host name, huge pages,
-//!    network ([`net`]), console ([`console`]),
+//!    network ([`net`]), and what runs beside the appliance ([`services`]): [`console`], [`status`] page, [`watchdog`], clock ([`time`]),
 //! 5. runs the appliance, `dray run --config …`, as a child ([`appliance`]), restarts it when it ends by itself ([`backoff`]),
 //! 6. and waits for what comes ([`supervisor`]): its end, SIGTERM, the power button, `poweroff`, `reboot` and `reload`.
 //!
@@ -30,7 +30,11 @@ pub mod mounts;
 pub mod net;
 pub mod power;
 pub mod reaper;
+pub mod services;
+pub mod status;
 pub mod supervisor;
+pub mod time;
+pub mod watchdog;
 
 use rustix::time::{ClockId, clock_gettime};
 

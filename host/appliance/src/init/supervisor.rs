@@ -4,20 +4,16 @@ use super::appliance::{self, News, Running};
 use super::backoff::Backoff;
 use super::board::{Board, Phase};
 use super::bring_up::{BringUp, Read, StatePlace};
-use super::console::{self, Host, Wire};
 use super::journal::Journal;
-use super::net::Network;
 use super::reaper::Reaper;
+use super::services::Services;
 use super::{mounts, power, since_kernel_start_ms};
 use crate::config::Config;
-use crate::config::image::Image;
 use std::fs::File;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -27,15 +23,16 @@ const LOOK: Duration = Duration::from_secs(1);
 const NETWORK_PATIENCE: Duration = Duration::from_secs(10);
 /// How long lines may take to get out at the end.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(3);
-/// How long a line of the console may be missing before it is looked for again.
-const CONSOLE_LOOK: Duration = Duration::from_secs(1);
 
 /// What comes.
-enum Event {
+pub enum Event {
     /// From an appliance, by its generation.
     Appliance(u64, News),
     /// The machine is to stop.
-    Stop { restart: bool },
+    Stop {
+        /// And to start again.
+        restart: bool,
+    },
     /// The configuration is to be read again.
     Reload(Sender<Result<String, String>>),
 }
@@ -52,8 +49,7 @@ struct Supervisor {
     state: StatePlace,
     config_path: PathBuf,
     config: Option<Arc<Config>>,
-    network: Option<Network>,
-    console: Option<(String, Arc<AtomicBool>)>,
+    services: Services,
     running: Option<Running>,
     generation: u64,
     backoff: Backoff,
@@ -113,17 +109,19 @@ impl Supervisor {
             known.slot = up.line.slot;
             known.version = up.line.version;
         });
+        let (reaper, events) = (Reaper::default(), channel());
+        let program = std::env::current_exe().unwrap_or_else(|_| "/init".into());
+        let services = Services::new(&journal, &board, &reaper, &events.0, &program, up.line.debug);
         Self {
             board,
-            reaper: Reaper::default(),
-            events: channel(),
-            program: std::env::current_exe().unwrap_or_else(|_| "/init".into()),
+            reaper,
+            events,
+            program,
             entry_ms,
             state: StatePlace::Nowhere("the machine is not up".into()),
             config_path: PathBuf::new(),
             config: None,
-            network: None,
-            console: None,
+            services,
             running: None,
             generation: 0,
             backoff: Backoff::default(),
@@ -142,7 +140,7 @@ impl Supervisor {
         };
         self.journal.say(&format!("dray {} is PID 1: {what}", env!("CARGO_PKG_VERSION")));
         self.take_signals();
-        self.watch_button();
+        self.services.watch_button();
         self.up.set_up_kernel();
         self.up.load_sets(&super::modules::FIRST);
         self.state = self.up.mount_partitions(&self.board);
@@ -163,12 +161,11 @@ impl Supervisor {
     fn take_configuration(&mut self, read: Read) {
         let Read { config, image } = read;
         self.up.apply(&image, &self.board);
-        self.set_network(&image);
-        self.set_console(&image);
+        self.services.apply(&image);
         match config {
             Ok(config) => {
                 self.say_odd_state(&config);
-                self.config = Some(config);
+                self.set_config(Some(config));
                 self.board.set(|known| known.problem = None);
                 self.start();
             }
@@ -176,7 +173,7 @@ impl Supervisor {
                 self.journal.say(&format!("the configuration {} is wrong:", self.config_path.display()));
                 text.lines().for_each(|line| self.journal.line(line));
                 self.journal.say(Phase::WrongConfiguration.words());
-                self.config = None;
+                self.set_config(None);
                 self.board.set(|known| {
                     known.phase = Phase::WrongConfiguration;
                     known.problem = Some(text);
@@ -185,51 +182,17 @@ impl Supervisor {
         }
     }
 
+    fn set_config(&mut self, config: Option<Arc<Config>>) {
+        self.services.set_config(config.clone());
+        self.config = config;
+    }
+
     /// Records that nobody would find after a restart are said.
     fn say_odd_state(&self, config: &Config) {
         let folder = config.path(&config.file.core.state);
         if !folder.starts_with(mounts::STATE_FOLDER) {
             let folder = folder.display();
             self.journal.say(&format!("[core] state = {folder} is not below /state: durable records are lost when the power goes"));
-        }
-    }
-
-    fn set_network(&mut self, image: &Image) {
-        let (plan, name) = (image.network_plan(), image.host_name());
-        if self.network.as_ref().is_some_and(|network| network.is(&plan, name)) {
-            return;
-        }
-        if let Some(network) = self.network.take() {
-            network.stop();
-        }
-        match Network::start(plan, name, &self.journal, &self.board.network) {
-            Ok(network) => self.network = Some(network),
-            Err(error) => self.journal.say(&format!("no network: {error}")),
-        }
-    }
-
-    fn set_console(&mut self, image: &Image) {
-        let wanted = image.console.as_ref().map(|line| line.get_ref().clone());
-        if self.console.as_ref().map(|(line, _)| line) == wanted.as_ref() {
-            return;
-        }
-        if let Some((_, stop)) = self.console.take() {
-            stop.store(true, Ordering::Relaxed);
-        }
-        let Some(line) = wanted else { return };
-        let stop = Arc::new(AtomicBool::new(false));
-        let host = ConsoleHost {
-            events: self.events.0.clone(),
-            journal: self.journal.clone(),
-            program: self.program.clone(),
-            board: self.board.clone(),
-            debug: self.up.line.debug,
-        };
-        let (reaper, until, path) = (self.reaper.clone(), Arc::clone(&stop), Path::new("/dev").join(&line));
-        let serve = move || serve_console(&path, &host, &reaper, &until);
-        match std::thread::Builder::new().name("dray-commands".into()).spawn(serve) {
-            Ok(_) => self.console = Some((line, stop)),
-            Err(error) => self.journal.say(&format!("no console: {error}")),
         }
     }
 
@@ -254,19 +217,6 @@ impl Supervisor {
         }
     }
 
-    fn watch_button(&self) {
-        let (events, journal) = (self.events.0.clone(), self.journal.clone());
-        let watch = move || {
-            power::watch_button(&|| {
-                journal.say("the power button was pressed");
-                drop(events.send(Event::Stop { restart: false }));
-            });
-        };
-        if let Err(error) = std::thread::Builder::new().name("dray-button".into()).spawn(watch) {
-            self.journal.say(&format!("the power button is not watched: {error}"));
-        }
-    }
-
     /// Starts the appliance, if everything is there for it.
     fn start(&mut self) {
         self.restart_at = None;
@@ -280,9 +230,7 @@ impl Supervisor {
             });
             return;
         }
-        if let Some(network) = &self.network
-            && !network.wait(NETWORK_PATIENCE)
-        {
+        if !self.services.wait_for_network(NETWORK_PATIENCE) {
             self.journal.say("the network is not up yet; the appliance starts without it");
         }
         self.generation += 1;
@@ -317,6 +265,7 @@ impl Supervisor {
     }
 
     fn turn(&mut self) {
+        self.services.pulse.beat();
         let now = Instant::now();
         if self.restart_at.is_some_and(|at| at <= now) {
             self.start();
@@ -410,9 +359,7 @@ impl Supervisor {
     fn stop(&mut self, restart: bool) {
         self.journal.say(if restart { "stopping, to restart" } else { "stopping" });
         self.board.set(|known| known.phase = Phase::Stopping);
-        if let Some((_, stop)) = self.console.take() {
-            stop.store(true, Ordering::Relaxed);
-        }
+        self.services.stop_console();
         self.stop_appliance();
         power::end_processes(&|| self.reaper.collect());
         self.journal.close_ring(FLUSH_PATIENCE);
@@ -433,57 +380,5 @@ fn flush(journal: &Journal) {
     let end = Instant::now() + FLUSH_PATIENCE;
     while drained.as_ref().is_ok_and(|thread| !thread.is_finished()) && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// What the console asks for, as events.
-struct ConsoleHost {
-    events: Sender<Event>,
-    journal: Journal,
-    program: PathBuf,
-    board: Board,
-    debug: bool,
-}
-
-impl Host for ConsoleHost {
-    fn stop(&self, restart: bool) {
-        drop(self.events.send(Event::Stop { restart }));
-    }
-
-    fn reload(&self) -> Result<String, String> {
-        let (answer, answered) = channel();
-        drop(self.events.send(Event::Reload(answer)));
-        answered.recv().unwrap_or_else(|_| Err("the machine is stopping".into()))
-    }
-
-    fn log(&self, lines: usize) -> Vec<String> {
-        self.journal.tail(lines)
-    }
-
-    fn command(&self, words: &[String]) -> Command {
-        let mut command = Command::new(&self.program);
-        appliance::set_environment(&mut command, self.debug);
-        if !words.iter().any(|word| word == "--config" || word.starts_with("--config=")) {
-            command.arg("--config").arg(self.board.known().configuration);
-        }
-        command.args(words);
-        command
-    }
-}
-
-/// Serves a line for as long as it is wanted; one that goes away is waited for.
-fn serve_console(path: &Path, host: &ConsoleHost, reaper: &Reaper, until: &Arc<AtomicBool>) {
-    let mut said = false;
-    while !until.load(Ordering::Relaxed) {
-        let served = console::open(path).and_then(|file| {
-            said = false;
-            console::serve(&Wire::new(file, Arc::clone(until)), host, reaper)
-        });
-        if let Err(error) = served
-            && !std::mem::replace(&mut said, true)
-        {
-            host.journal.say(&format!("console {}: {error}; it is waited for", path.display()));
-        }
-        std::thread::sleep(CONSOLE_LOOK);
     }
 }

@@ -3,6 +3,7 @@
 //! It has a thread of its own, since links come when their drivers please and leases are renewed for as long as the machine
 //! runs. What is applied stands in [`NetworkView`], for the status page; a new configuration takes it back and begins anew.
 
+pub mod dhcp;
 pub mod netlink;
 
 use super::journal::Journal;
@@ -191,7 +192,7 @@ fn run(shared: &Shared) {
         shared.view(|view| view.state = format!("does not come up: {error}"));
         return;
     }
-    let Some(cidr) = shared.plan.address else { return };
+    let Some(cidr) = shared.plan.address else { return dhcp::run(shared, &link) };
     let applied = Applied { link, cidr, gateway: shared.plan.gateway };
     if apply(shared, &applied, &shared.plan.dns, "static") {
         while shared.pause(Duration::from_secs(3600)) {}
