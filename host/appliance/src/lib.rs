@@ -18,5 +18,6 @@ pub mod moving;
 pub mod policies;
 pub mod recovery;
 pub mod run;
+pub mod slots;
 pub mod store;
 pub mod summary;
