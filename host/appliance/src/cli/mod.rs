@@ -6,6 +6,7 @@ mod demo;
 mod device;
 mod end;
 mod history;
+mod image;
 mod migrate;
 mod plugin;
 mod run;
@@ -100,6 +101,9 @@ enum Command {
     /// Check configurations
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Look at the system slots of the image that runs here, and update it
+    #[command(subcommand)]
+    Image(ImageCommand),
 }
 
 /// What the demo can be told.
@@ -248,6 +252,32 @@ enum ConfigCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum ImageCommand {
+    /// Show the two system slots: versions, tries that are left, which one runs
+    #[command(after_help = "Example: dray image status --json")]
+    Status {
+        #[command(flatten)]
+        parts: image::Parts,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write an update to the slot that does not run, after its signature was checked
+    #[command(after_help = "Example: dray image update http://192.0.2.1/dray.update\n\n\
+        Interrupted at any instant, the slot that runs is as it was. The next start boots the new one; if it does not come up in \
+        three tries, the old one is booted again.")]
+    Update {
+        #[command(flatten)]
+        parts: image::Parts,
+        /// FILE, tcp:HOST:PORT (which sends it) or http://HOST[:PORT]/PATH
+        from: String,
+        /// Install it even if its version is not higher
+        #[arg(long)]
+        allow_downgrade: bool,
+    },
+}
+
 /// Runs the command that the process was started with.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -270,6 +300,8 @@ pub fn main() -> ExitCode {
         Command::Plugin(PluginCommand::Bench { file }) => plugin::bench(&file),
         Command::History { json } => history::run(&cli.config, json),
         Command::Config(ConfigCommand::Check { file }) => check::run(&file),
+        Command::Image(ImageCommand::Status { parts, json }) => image::status(&parts, json),
+        Command::Image(ImageCommand::Update { parts, from, allow_downgrade }) => image::update(&parts, &from, allow_downgrade),
     };
     match result {
         Ok(code) => code,

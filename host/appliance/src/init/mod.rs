@@ -34,6 +34,7 @@ pub mod services;
 pub mod status;
 pub mod supervisor;
 pub mod time;
+pub mod trial;
 pub mod watchdog;
 
 use rustix::time::{ClockId, clock_gettime};

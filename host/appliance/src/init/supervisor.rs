@@ -7,6 +7,7 @@ use super::bring_up::{BringUp, Read, StatePlace};
 use super::journal::Journal;
 use super::reaper::Reaper;
 use super::services::Services;
+use super::trial::{self, Trial};
 use super::{mounts, power, since_kernel_start_ms};
 use crate::config::Config;
 use std::fs::File;
@@ -54,6 +55,7 @@ struct Supervisor {
     generation: u64,
     backoff: Backoff,
     restart_at: Option<Instant>,
+    trial: Trial,
 }
 
 /// Runs PID 1 until the power goes; `entry_ms` is when it began, since the kernel's start.
@@ -126,6 +128,7 @@ impl Supervisor {
             generation: 0,
             backoff: Backoff::default(),
             restart_at: None,
+            trial: Trial::new(&up.line, &journal),
             up,
             journal,
         }
@@ -144,6 +147,7 @@ impl Supervisor {
         self.up.set_up_kernel();
         self.up.load_sets(&super::modules::FIRST);
         self.state = self.up.mount_partitions(&self.board);
+        self.trial.set_state(&self.state);
         let read = self.read();
         if self.state == StatePlace::Partition {
             self.journal.keep_in(&Path::new(mounts::STATE_FOLDER).join("log"), read.image.log_bytes());
@@ -178,6 +182,9 @@ impl Supervisor {
                     known.phase = Phase::WrongConfiguration;
                     known.problem = Some(text);
                 });
+                if self.trial.refused_configuration(&self.config_path) {
+                    self.stop(true);
+                }
             }
         }
     }
@@ -228,6 +235,9 @@ impl Supervisor {
                 known.phase = Phase::NoState;
                 known.problem = Some(why.clone());
             });
+            if self.trial.bad("the state partition cannot be used") {
+                self.stop(true);
+            }
             return;
         }
         if !self.services.wait_for_network(NETWORK_PATIENCE) {
@@ -262,11 +272,18 @@ impl Supervisor {
             known.problem = Some(format!("the appliance {how}; what it said is in the log"));
             known.restarts = known.restarts.saturating_add(1);
         });
+        if wait.is_none() && self.trial.bad("the appliance ends again and again") {
+            self.stop(true);
+        }
     }
 
     fn turn(&mut self) {
         self.services.pulse.beat();
+        self.trial.tend();
         let now = Instant::now();
+        if self.trial.is_late() && self.trial.bad(&format!("it does not serve in {} s", trial::PATIENCE.as_secs())) {
+            self.stop(true);
+        }
         if self.restart_at.is_some_and(|at| at <= now) {
             self.start();
         }
@@ -311,6 +328,7 @@ impl Supervisor {
         } else {
             self.journal.say("serving again");
         }
+        self.trial.served(&self.config_path);
     }
 
     /// Stops the appliance and waits for its end.

@@ -6,23 +6,40 @@ use super::{ENTRIES, look};
 use crate::init::cmdline::Slot;
 use std::io;
 
-/// How the slot that was booted stands.
+/// Where a machine can go whose slot is not good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trial {
-    /// It was good already, or has no entry of ours.
-    None,
-    /// It is on trial, with so many tries left after this one.
-    Left(u32),
+pub enum Way {
+    /// The slot was good already, or has no entry of ours: it stays.
+    NotOnTrial,
+    /// A restart: the loader goes to the other slot, now or when this one's tries are used up.
+    Back,
+    /// The other slot has nothing that would be booted.
+    Alone,
 }
 
-/// Looks how the slot that was booted stands. An entry of another version is not the one that was booted.
+/// Where a machine can go whose slot is not good. It ends: each restart takes one try from a slot, and without tries in the other
+/// slot, or one that is good, there is none.
 ///
 /// # Errors
 /// The system's.
-pub fn trial(files: &dyn Files, slot: Slot, version: Option<u64>) -> io::Result<Trial> {
+pub fn way(files: &dyn Files, slot: Slot, version: Option<u64>) -> io::Result<Way> {
+    if trial(files, slot, version)?.is_none() {
+        return Ok(Way::NotOnTrial);
+    }
+    let other = look(files, slot.other())?;
+    let boots = other.complete && other.entry().is_some_and(|(_, tries, _)| tries.left != Some(0));
+    Ok(if boots { Way::Back } else { Way::Alone })
+}
+
+/// Tries that are left of a slot that is on trial; `None` if it was good already, or has no entry of ours. An entry of another
+/// version is not the one that was booted.
+///
+/// # Errors
+/// The system's.
+pub fn trial(files: &dyn Files, slot: Slot, version: Option<u64>) -> io::Result<Option<u32>> {
     let found = look(files, slot)?;
-    let tries = found.entry().filter(|(_, _, entry)| version.is_none() || entry.told_version() == version).map(|(_, tries, _)| *tries);
-    Ok(tries.and_then(|tries| tries.left).map_or(Trial::None, Trial::Left))
+    let booted = found.entry().filter(|(_, _, entry)| version.is_none() || entry.told_version() == version);
+    Ok(booted.and_then(|(_, tries, _)| tries.left))
 }
 
 /// Calls the slot good; returns whether there was anything to do.

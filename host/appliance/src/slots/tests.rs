@@ -1,6 +1,6 @@
 //! Updates that are interrupted at every instant, bundles that are not what they should be, slots on trial.
 
-use super::bless::{Trial, bless, trial};
+use super::bless::{Way, bless, trial, way};
 use super::bundle::{BundleError, Header, Key, MAGIC, hex};
 use super::entry::{self, Entry, INITRD, KERNEL, Tries};
 use super::files::{Files, Folder};
@@ -114,11 +114,11 @@ fn an_update_on_a_folder_of_the_system() {
         let names = files.list(&folder(Slot::B)).expect("list");
         assert_eq!(names, [INITRD, KERNEL]);
     }
-    assert_eq!(trial(&files, Slot::B, Some(8)).expect("look"), Trial::Left(3));
+    assert_eq!(trial(&files, Slot::B, Some(8)).expect("look"), Some(3));
     assert!(!bless(&mut files, Slot::B, Some(9)).expect("bless"), "another version");
     assert!(bless(&mut files, Slot::B, Some(8)).expect("bless"));
     assert_eq!(files.list(ENTRIES).expect("list"), ["dray-b.conf"]);
-    assert_eq!(trial(&files, Slot::B, Some(8)).expect("look"), Trial::None);
+    assert_eq!(trial(&files, Slot::B, Some(8)).expect("look"), None);
     std::fs::remove_dir_all(root).expect("clean up");
 }
 
@@ -233,8 +233,30 @@ fn a_power_cut_while_a_slot_is_called_good_leaves_it_bootable() {
             let mut after = model.after_power_cut(|| std::mem::replace(&mut first, false) || !keep_old);
             assert_eq!(bootable(&after, Slot::A), Some(7), "cut at {left}");
             let _done = bless(&mut after, Slot::A, Some(7)).expect("again");
-            assert_eq!(trial(&after, Slot::A, Some(7)).expect("look"), Trial::None);
+            assert_eq!(trial(&after, Slot::A, Some(7)).expect("look"), None);
             assert_eq!(look(&after, Slot::A).expect("look").entries.len(), 1);
         }
     }
+}
+
+#[test]
+fn a_slot_on_trial_goes_back_to_one_that_boots_and_not_without_end() {
+    let with = |own: Option<u32>, other: Option<u32>, complete: bool| {
+        let mut model = Model { capacity: ROOMY, ..Model::default() };
+        for (slot, left) in [(Slot::A, own), (Slot::B, other)] {
+            model.put(&format!("{}/{KERNEL}", folder(slot)), b"kernel");
+            model.put(&format!("{ENTRIES}/{}", entry::name(slot, Tries { left, made: 1 })), entry::text(slot, 7, "").as_bytes());
+            if complete {
+                model.put(&format!("{}/{INITRD}", folder(slot)), b"initrd");
+            }
+        }
+        way(&model, Slot::A, Some(7)).expect("look")
+    };
+    assert_eq!(with(None, None, true), Way::NotOnTrial);
+    assert_eq!(with(Some(2), None, true), Way::Back);
+    assert_eq!(with(Some(0), None, true), Way::Back);
+    assert_eq!(with(Some(2), Some(1), true), Way::Back);
+    assert_eq!(with(Some(0), Some(0), true), Way::Alone, "both are used up");
+    assert_eq!(with(Some(2), None, false), Way::Alone, "its files are not all there");
+    assert_eq!(way(&partition(ROOMY), Slot::A, Some(9)).expect("look"), Way::NotOnTrial, "an entry of another version");
 }
