@@ -234,6 +234,21 @@ enum PluginCommand {
         /// The component
         file: PathBuf,
     },
+    /// Compile components ahead of time, for the folder that `[core] compiled` names
+    #[command(after_help = "Example: dray plugin compile --cpu x86-64-v2 --output compiled target/plugins/*.wasm\n\n\
+        The code runs on every CPU of the level and above (x86-64-v2: SSE4.2 and POPCNT), and with this version of dray alone. \
+        It is loaded only from a folder that belongs to the appliance's user and that nobody else can write.")]
+    Compile {
+        /// The components
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// x86-64, x86-64-v2 or x86-64-v3, the levels of the x86-64 psABI
+        #[arg(long, value_name = "LEVEL", default_value = "x86-64-v2")]
+        cpu: dray_sandbox::Cpu,
+        /// Where the code goes; made if it is not there
+        #[arg(long, short, value_name = "FOLDER")]
+        output: PathBuf,
+    },
     /// Measure what calls to a component cost
     #[command(after_help = "Example: dray plugin bench target/plugins/cdq-default.wasm")]
     Bench {
@@ -297,6 +312,7 @@ pub fn main() -> ExitCode {
         Command::Cdq(CdqCommand::Watch { entries, json }) => cdq::watch(&cli.config, entries, json, cli.verbose > 0),
         Command::Plugin(PluginCommand::Inspect { file, json }) => plugin::inspect(&file, json),
         Command::Plugin(PluginCommand::Check { file }) => plugin::check(&file),
+        Command::Plugin(PluginCommand::Compile { files, cpu, output }) => plugin::compile(&files, cpu, &output),
         Command::Plugin(PluginCommand::Bench { file }) => plugin::bench(&file),
         Command::History { json } => history::run(&cli.config, json),
         Command::Config(ConfigCommand::Check { file }) => check::run(&file),

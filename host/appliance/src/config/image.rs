@@ -353,3 +353,106 @@ fn check_network(place: &Spanned<Network>) -> Result<(), Problem> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ConfigError;
+    use proptest::prelude::*;
+
+    /// Reads `[image]` with these lines.
+    fn image(lines: &str) -> Result<Image, String> {
+        #[derive(Deserialize)]
+        struct Part {
+            image: Image,
+        }
+        let part: Part = toml::from_str(&format!("[image]\n{lines}\n")).map_err(|error| error.message().to_owned())?;
+        check(&part.image).map_err(|problem| format!("{} / {}", problem.message, problem.help))?;
+        Ok(part.image)
+    }
+
+    #[test]
+    fn all_keys_are_read() {
+        let all = image(
+            "hostname = \"dray-1.example\"\nnetwork = { link = \"52:54:00:12:34:56\", address = \"10.0.2.15/24\", gateway = \"10.0.2.2\", \
+             dns = [\"10.0.2.3\"], mtu = 9000 }\nhugepages = \"512MiB\"\nntp = \"time.example:1123\"\nwatchdog = \"30s\"\n\
+             console = \"ttyS1\"\nstatus = \"[::]:80\"\nlog-size = \"1MiB\"\nmodules = [\"net\", \"vfio\"]",
+        )
+        .expect("good");
+        let plan = all.network_plan();
+        assert_eq!(plan.link, LinkChoice::Mac([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
+        assert_eq!(plan.address.map(|cidr| cidr.to_string()).as_deref(), Some("10.0.2.15/24"));
+        assert_eq!((plan.gateway, plan.dns.len(), plan.mtu), ("10.0.2.2".parse().ok(), 1, Some(9000)));
+        assert_eq!(all.time_server(), Some(("time.example".into(), 1123)));
+        assert_eq!((all.watchdog_time(), all.log_bytes()), (Some(Duration::from_secs(30)), 1 << 20));
+        assert_eq!(all.status_address(), "[::]:80".parse().ok());
+    }
+
+    #[test]
+    fn without_keys_the_first_link_asks_by_dhcp_and_the_page_is_there() {
+        let none = image("").expect("good");
+        assert_eq!(none.network_plan(), NetworkPlan::default());
+        assert_eq!((none.host_name(), none.log_bytes(), none.watchdog_time()), ("dray", DEFAULT_LOG_BYTES, None));
+        assert_eq!(none.status_address(), DEFAULT_STATUS.parse().ok());
+        assert_eq!(image("status = \"off\"").expect("good").status_address(), None);
+        assert_eq!(image("network = { dhcp = true }").expect("good").network_plan(), NetworkPlan::default());
+        assert_eq!(image("ntp = \"::1\"").expect("good").time_server(), Some(("::1".into(), 123)));
+    }
+
+    #[test]
+    fn each_mistake_says_what_would_be_right() {
+        for (lines, words) in [
+            ("hostnane = \"x\"", &["hostnane"][..]),
+            ("hostname = \"a b\"", &["no host name", "hyphens"]),
+            ("hostname = \"-a\"", &["no host name"]),
+            ("network = { }", &["neither an address nor DHCP", "dhcp = true"]),
+            ("network = { dhcp = true, address = \"10.0.0.1/8\" }", &["remove address"]),
+            ("network = { adress = \"10.0.0.1/8\" }", &["adress"]),
+            ("network = { address = \"10.0.0.1\" }", &["10.0.2.15/24"]),
+            ("network = { address = \"10.0.0.1/33\" }", &["no address of a link"]),
+            ("network = { address = \"10.0.0.1/24\", gateway = \"10.0.1.1\" }", &["no router of 10.0.0.1/24"]),
+            ("network = { address = \"10.0.0.1/24\", gateway = \"10.0.0.1\" }", &["no router"]),
+            ("network = { dhcp = true, gateway = \"10.0.0.1\" }", &["remove gateway"]),
+            ("network = { dhcp = true, dns = [\"x\"] }", &["name server"]),
+            ("network = { dhcp = true, dns = [\"1.1.1.1\", \"1.1.1.2\", \"1.1.1.3\", \"1.1.1.4\"] }", &["more than 3"]),
+            ("network = { dhcp = true, link = \"52:54:00:12:34\" }", &["no link", "52:54:00:12:34:56"]),
+            ("network = { dhcp = true, link = \"a/b\" }", &["no link"]),
+            ("network = { dhcp = true, mtu = 100 }", &["100 bytes"]),
+            ("hugepages = \"3MiB\"", &["whole number of huge pages", "512MiB"]),
+            ("hugepages = \"0B\"", &["huge pages"]),
+            ("ntp = \"a b\"", &["time server"]),
+            ("ntp = \"a:0\"", &["time server"]),
+            ("watchdog = \"1s\"", &["5 s to 10 min"]),
+            ("console = \"/dev/ttyS1\"", &["serial line", "ttyS1"]),
+            ("status = \"4480\"", &["0.0.0.0:4480", "off"]),
+            ("log-size = \"1KiB\"", &["128 KiB"]),
+            ("modules = [\"net vfio\"]", &["set of kernel modules"]),
+        ] {
+            let error = image(lines).expect_err(lines);
+            assert!(words.iter().all(|word| error.contains(word)), "{lines}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_right_of_a_wrong_file_is_kept() {
+        let text = "[image]\nhostname = \"x\"\n[[subsystem]]\nserail = 1\n";
+        assert!(matches!(crate::config::Config::parse("a", text.into(), ".".into()), Err(ConfigError::Wrong { .. })));
+        assert_eq!(Image::salvage(text).expect("right by itself").host_name(), "x");
+        assert!(Image::salvage("[image]\nhostname = \"a b\"\n").is_none());
+        assert!(Image::salvage("[image]\nhostname =").is_none() && Image::salvage("").is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_is_too_odd(text in "[0-9a-f:./]{0,24}") {
+            let _any = (Cidr::parse(&text), LinkChoice::parse(&text), time_server(&text));
+        }
+
+        #[test]
+        fn a_network_holds_its_own_addresses(address: u32, other: u32, prefix in 1u8..=32) {
+            let cidr = Cidr { address: IpAddr::V4(address.into()), prefix };
+            let same = address.checked_shr(32 - u32::from(prefix)) == other.checked_shr(32 - u32::from(prefix));
+            prop_assert_eq!(cidr.holds(IpAddr::V4(other.into())), same);
+        }
+    }
+}

@@ -89,6 +89,20 @@ impl Reaper {
         }
     }
 
+    /// As [`collect`](Self::collect), but no others': in a process of tests there are those of other threads.
+    #[cfg(test)]
+    pub(crate) fn collect_known(&self) {
+        let mut children = self.lock();
+        let pids: Vec<_> = children.keys().copied().collect();
+        for pid in pids {
+            if let Ok(Some((_, status))) = rustix::process::waitpid(Pid::from_raw(pid), WaitOptions::NOHANG)
+                && let Some(sender) = children.remove(&pid)
+            {
+                let _gone = sender.send(Ended::of(status));
+            }
+        }
+    }
+
     /// Sends a signal to a child that has not been collected; its number cannot be another's then.
     pub fn signal(&self, pid: i32, signal: Signal) {
         let children = self.lock();

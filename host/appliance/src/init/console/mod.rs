@@ -305,3 +305,6 @@ impl Running<'_> {
         Ok(bytes[..count].contains(&CTRL_C))
     }
 }
+
+#[cfg(test)]
+mod tests;
