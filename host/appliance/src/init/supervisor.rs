@@ -10,6 +10,7 @@ use super::services::Services;
 use super::trial::{self, Trial};
 use super::{mounts, power, since_kernel_start_ms};
 use crate::config::Config;
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -56,6 +57,8 @@ struct Supervisor {
     backoff: Backoff,
     restart_at: Option<Instant>,
     trial: Trial,
+    /// What came while an end of the appliance was waited for.
+    later: VecDeque<Event>,
 }
 
 /// Runs PID 1 until the power goes; `entry_ms` is when it began, since the kernel's start.
@@ -129,6 +132,7 @@ impl Supervisor {
             backoff: Backoff::default(),
             restart_at: None,
             trial: Trial::new(&up.line, &journal),
+            later: VecDeque::new(),
             up,
             journal,
         }
@@ -288,14 +292,14 @@ impl Supervisor {
             self.start();
         }
         let wait = self.restart_at.map_or(LOOK, |at| at.saturating_duration_since(now).min(LOOK));
-        match self.events.1.recv_timeout(wait) {
-            Ok(Event::Appliance(generation, news)) => self.hear(generation, &news),
-            Ok(Event::Stop { restart }) => self.stop(restart),
-            Ok(Event::Reload(answer)) => {
+        match self.later.pop_front().or_else(|| self.events.1.recv_timeout(wait).ok()) {
+            Some(Event::Appliance(generation, news)) => self.hear(generation, &news),
+            Some(Event::Stop { restart }) => self.stop(restart),
+            Some(Event::Reload(answer)) => {
                 // Whoever asked may have gone.
                 let _gone = answer.send(self.reload());
             }
-            Err(_) => {}
+            None => {}
         }
     }
 
@@ -335,14 +339,13 @@ impl Supervisor {
     fn stop_appliance(&mut self) {
         self.restart_at = None;
         let Some(running) = self.running.take() else { return };
-        let (reaper, events) = (self.reaper.clone(), &self.events.1);
-        running.stop(&reaper, &self.journal, &mut |patience| {
+        let (events, later) = (&self.events.1, &mut self.later);
+        running.stop(&self.reaper, &self.journal, &mut |patience| {
             let end = Instant::now() + patience;
             loop {
                 match events.recv_timeout(end.saturating_duration_since(Instant::now())) {
                     Ok(Event::Appliance(generation, News::Ended(_))) if generation == running.generation => return true,
-                    // Who asks for the configuration now hears that nobody answers.
-                    Ok(_) => {}
+                    Ok(other) => later.push_back(other),
                     Err(_) => return false,
                 }
             }
