@@ -9,7 +9,8 @@
 //! - [`backing`]: where the blocks of a software controller's namespace are; [`uring`]: files by io_uring;
 //! - [`socket`]: byte streams that carry descriptors; [`vfio_user`]: a function over one;
 //! - [`vfio`]: a physical function; [`pci`]: which there are, who has them, and giving them to VFIO and back;
-//! - [`poll`]: the poller seam: time, progress, jobs; [`planted`]: faults for the simulator to find.
+//! - [`poll`]: the poller seam: time, progress, jobs; [`planted`]: faults for the simulator to find;
+//! - [`watchdog`]: the timer that resets a machine whose first process is stuck.
 //!
 //! Start reading at [`function`] and [`slot`].
 
@@ -43,6 +44,7 @@ pub mod uring;
 #[cfg(not(loom))]
 pub mod vfio;
 pub mod vfio_user;
+pub mod watchdog;
 
 #[cfg(all(test, loom))]
 mod loom_tests;
