@@ -62,10 +62,9 @@ fn add_modules(archive: &mut Archive, inputs: &Inputs) -> Outcome<String> {
         list.push_str(&set);
         list.push(':');
         for (name, bytes) in order {
-            let path = format!("lib/modules/{}/{name}.ko", kernel.version);
             // Writing to a String cannot fail.
-            let _ = write!(list, " /{path}");
-            archive.file(&path, bytes, false);
+            let _ = write!(list, " {name}.ko");
+            archive.file(&format!("lib/modules/{}/{name}.ko", kernel.version), bytes, false);
         }
         list.push('\n');
     }

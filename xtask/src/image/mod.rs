@@ -43,6 +43,7 @@ Options:
   --state SIZE    MiB of the state partition [default: 512]
   --debug         with a shell (busybox) in it: for looking into, not for use
   --output DIR    where to write [default: target/image]
+  --no-build      take the host and the policies as they were built last
   --renew         fetch the newest packages, whatever is there
   --yes           do not ask
   --help          this text
@@ -59,6 +60,7 @@ pub struct Options {
     pub state_mib: u64,
     pub debug: bool,
     pub output: Option<PathBuf>,
+    pub no_build: bool,
     pub renew: bool,
     pub yes: bool,
 }
@@ -68,7 +70,8 @@ const STATE_MIB: std::ops::RangeInclusive<u64> = 16..=1 << 20;
 
 impl Options {
     fn parse(mut args: Vec<String>) -> Outcome<Self> {
-        let (debug, renew, yes) = (take_flag(&mut args, "--debug"), take_flag(&mut args, "--renew"), take_flag(&mut args, "--yes"));
+        let mut flag = |name| take_flag(&mut args, name);
+        let (debug, no_build, renew, yes) = (flag("--debug"), flag("--no-build"), flag("--renew"), flag("--yes"));
         let mut path = |name| Ok::<_, String>(take_value(&mut args, name)?.map(PathBuf::from));
         let (config, key, output) = (path("--config")?, path("--key")?, path("--output")?);
         let mut number = |name| take_value(&mut args, name)?.map(|text| text.parse().map_err(|_| format!("{name} {text}: not a number"))).transpose();
@@ -77,7 +80,7 @@ impl Options {
         if !STATE_MIB.contains(&state_mib) {
             return Err(format!("--state {state_mib}: {} to {} MiB", STATE_MIB.start(), STATE_MIB.end()));
         }
-        Ok(Self { config, key, version, state_mib, debug, output, renew, yes })
+        Ok(Self { config, key, version, state_mib, debug, output, no_build, renew, yes })
     }
 }
 
@@ -85,19 +88,14 @@ pub fn run(tree: &Tree, args: Vec<String>) -> Outcome {
     build(tree, &Options::parse(args)?)
 }
 
-/// Builds into `target/image` with nothing changed.
-pub fn ensure(tree: &Tree, yes: bool) -> Outcome {
-    let mut options = Options::parse(Vec::new())?;
-    options.yes = yes;
-    build(tree, &options)
-}
-
 fn build(tree: &Tree, options: &Options) -> Outcome {
     let started = Instant::now();
     debian::need("e2fsprogs", &["mkfs.ext4"], options.yes)?;
     debian::need("binutils", &["strip"], options.yes)?;
-    plugins::build(tree, options.yes)?;
-    execute(&mut cargo(tree, &demo::BUILD))?;
+    if !options.no_build {
+        plugins::build(tree, options.yes)?;
+        execute(&mut cargo(tree, &demo::BUILD))?;
+    }
     let inputs = Inputs::gather(tree, &tree.cargo_target().join("release/dray"), options)?;
     let output = match &options.output {
         Some(folder) => folder.clone(),
