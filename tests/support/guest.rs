@@ -39,7 +39,7 @@ pub fn turn() -> MutexGuard<'static, ()> {
 }
 
 /// What `cargo xtask guests` made.
-fn folder() -> PathBuf {
+pub(crate) fn folder() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the source tree");
     let folder = root.join("target/guests");
     assert!(folder.join("built").is_file(), "no guests to boot in {}: run `cargo xtask guests`", folder.display());
