@@ -1,8 +1,8 @@
 //! The appliance's own image, booted headless under software emulation: from its disk by UEFI, or its kernel directly.
 //!
-//! `cargo xtask image` made what boots (`target/image`), `cargo xtask guests` the QEMU (`target/guests`). The first serial line is the
-//! image's console and goes to a file; the second takes dray commands, a line each (`[image] console = "ttyS1"` in the configuration).
-//! A boot that did not come about is tried a second time, counted and shown. QEMU's exit status says nothing: only lines count.
+//! `cargo xtask image` made what boots (`target/image`), `cargo xtask guests` the QEMU (`target/guests`). The first serial line
+//! is the image's console and goes to a file; the second takes dray commands, a line each (`[image] console = "ttyS1"`). A boot
+//! that did not come about is tried a second time, counted and shown. QEMU's exit status says nothing: only lines count.
 
 use crate::guest::{self, BOOT};
 use crate::image_disk::built;
@@ -33,11 +33,11 @@ static RETRIES: AtomicU32 = AtomicU32::new(0);
 pub enum Boot {
     /// A disk, by UEFI and its boot loader; the variables of the firmware stay in the machine's folder.
     Disk(PathBuf),
-    /// The kernel and the initial RAM disk of `target/image`, with these words behind the command line; a disk may be there besides.
+    /// The kernel and the initial RAM disk of `target/image`.
     Direct {
-        /// More words.
+        /// Words behind the command line.
         words: String,
-        /// A disk.
+        /// A disk that is there besides.
         disk: Option<PathBuf>,
     },
 }
@@ -55,8 +55,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine with 1 GiB, two processors behind an IOMMU, and a network in which the host's loopback is 10.0.2.2. `folder` is for
-    /// its logs and sockets: a short path.
+    /// A machine with 1 GiB, two processors behind an IOMMU, and a network in which the host's loopback is 10.0.2.2. `folder` is
+    /// for its logs and sockets: a short path.
     #[must_use]
     pub fn new(name: &str, folder: &Path, boot: Boot) -> Self {
         let (drives, forwards, more) = (Vec::new(), Vec::new(), Vec::new());
@@ -98,7 +98,7 @@ impl Machine {
         }
         match &self.boot {
             Boot::Disk(disk) => {
-                let flash = |unit: u32, file: &Path, mode: &str| format!("if=pflash,format=raw,unit={unit},file={}{mode}", file.display());
+                let flash = |unit, file: &Path, mode| format!("if=pflash,format=raw,unit={unit},file={}{mode}", file.display());
                 qemu.args(["-drive", &flash(0, &tools.join("OVMF_CODE_4M.fd"), ",readonly=on")]);
                 qemu.args(["-drive", &flash(1, &self.variables(), "")]);
                 boot_disk(&mut qemu, disk);
@@ -118,7 +118,8 @@ impl Machine {
             qemu.args(["-device", &format!("pcie-root-port,id=p-{name},chassis={}", self.chassis(name))]);
             qemu.args(["-device", &format!("nvme,id={name},bus=p-{name},serial={name},drive=d-{name}")]);
         }
-        let forwards: String = self.forwards.iter().map(|(host, guest)| format!(",hostfwd=tcp:127.0.0.1:{host}-:{guest}")).collect();
+        let forward = |(host, guest): &(u16, u16)| format!(",hostfwd=tcp:127.0.0.1:{host}-:{guest}");
+        let forwards: String = self.forwards.iter().map(forward).collect();
         qemu.args(["-netdev", &format!("user,id=net{forwards}"), "-device", "virtio-net-pci,netdev=net,romfile="]);
         qemu.args(&self.more);
         qemu
@@ -284,7 +285,8 @@ impl Image {
         let end = format!("dray: {tag} exit ");
         let mut said = String::new();
         loop {
-            let left = deadline.checked_duration_since(Instant::now()).ok_or_else(|| format!("no answer; it said so far:\n{said}"))?;
+            let left = deadline.checked_duration_since(Instant::now());
+            let left = left.ok_or_else(|| format!("no answer; it said so far:\n{said}"))?;
             stream.get_ref().set_read_timeout(Some(left.max(LOOK))).map_err(|error| error.to_string())?;
             let mut line = String::new();
             match stream.read_line(&mut line) {

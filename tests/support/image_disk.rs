@@ -1,4 +1,5 @@
-//! Disks of the appliance's image, from outside: a copy per test, its partitions by name, files put on the FAT ones and read there.
+//! Disks of the appliance's image, from outside: a copy per test, its partitions by name, files put on the FAT ones and read
+//! there.
 
 use fatfs::{FileSystem, FsOptions};
 use rustix::fs::SeekFrom as Seek64;

@@ -104,7 +104,8 @@ mod tests {
     #[test]
     fn sets_are_read_with_their_names_and_comments_are_left_out() {
         let read = sets("a", "# why\nbase: ext4 # the state\n\nnet: virtio_net e1000e\n");
-        assert_eq!(read, Ok(vec![("base".into(), vec!["ext4".into()]), ("net".into(), vec!["virtio_net".into(), "e1000e".into()])]));
+        let set = |name: &str, modules: &[&str]| (name.to_owned(), modules.iter().map(|module| (*module).to_owned()).collect());
+        assert_eq!(read, Ok(vec![set("base", &["ext4"]), set("net", &["virtio_net", "e1000e"])]));
         assert_eq!(sets("images/modules", "base ext4"), Err("images/modules: no colon in `base ext4`".into()));
     }
 }

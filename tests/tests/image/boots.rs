@@ -16,7 +16,8 @@ fn from_its_disk_by_uefi_until_the_console_switches_it_off() {
     eprintln!("from its disk: {line}");
     // A figure to look at, not to fail on: the machine that emulates may be busy.
     assert!(milliseconds(line.split("after").nth(1).unwrap_or("")) > 0, "{line}");
-    assert!(log.iter().any(|line| line.contains(&format!("slot a, version {}", manifest_value("version")))), "{}", image.story("which slot?"));
+    let slot = format!("slot a, version {}", manifest_value("version"));
+    assert_eq!(count(&log, &slot), 1, "{}", image.story("which slot?"));
     let page = page(&image, status, "serving");
     assert!(page.contains("slot a") && page.contains("/config/appliance.toml"), "{page}");
     let said = image.run("status");

@@ -3,24 +3,24 @@
 //! Debian's kernel, QEMU and a few programs are fetched and unpacked under `target/guests`: nothing is installed, and nothing of
 //! the machine's own is used. What runs inside the guests is in `tests/guests`: a list of programs, a list of kernel modules,
 //! and the scripts. [`suite`] asks Debian for packages, [`tools`] makes what was unpacked usable, [`initrd`] builds the guest's
-//! file system out of it. `tests/support/guest.rs` boots the result; `tests/support/image.rs` boots Dray's own image with the same QEMU.
+//! file system out of it. `tests/support/guest.rs` boots the result; `tests/support/image.rs` boots Dray's own image with the
+//! same QEMU.
 
 mod initrd;
 mod tools;
 
 use crate::debian::suite::{self, Suite};
-use crate::kernel;
 use crate::process::{agreed, took};
 use crate::tree::{Tree, digest, digest_of, read_text, replace};
-use crate::{Outcome, refuse_rest, take_flag};
+use crate::{Outcome, kernel, refuse_rest, take_flag};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use tools::Programs;
 
 pub const HELP: &str = "\
-Makes the virtual machines that tests with stock clients boot: Debian's kernel, QEMU with its libraries and UEFI, and an initial RAM
-disk with nvme-cli, e2fsprogs, fio and busybox, under target/guests. Nothing is installed. The first run fetches about
+Makes the virtual machines that tests with stock clients boot: Debian's kernel, QEMU with its libraries and UEFI, and an
+initial RAM disk with nvme-cli, e2fsprogs, fio and busybox, under target/guests. Nothing is installed. The first run fetches about
 130 MB and leaves about 400 MB; later ones do nothing, or build the RAM disk again when tests/guests has changed.
 
 Usage: cargo xtask guests [OPTIONS]
@@ -75,7 +75,8 @@ pub fn ensure(tree: &Tree, yes: bool) -> Outcome<PathBuf> {
         fetch(&folder, &packages, &programs, yes)?;
         eprintln!("guests: fetched and unpacked after {}", took(started.elapsed()));
     }
-    let how = [include_str!("initrd.rs"), include_str!("tools.rs"), include_str!("../cpio.rs"), include_str!("../kernel.rs")].concat();
+    let (ours, shared) = ([include_str!("initrd.rs"), include_str!("tools.rs")], [include_str!("../cpio.rs"), include_str!("../kernel.rs")]);
+    let how = [ours, shared].concat().concat();
     let built = format!("{} {} {}", digest_of(std::slice::from_ref(&wanted))?, digest(how.as_bytes()), read_text(&folder.join("packages"))?);
     if fetched && read_text(&folder.join("built")).is_ok_and(|stamp| stamp == built) {
         return Ok(folder);

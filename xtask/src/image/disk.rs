@@ -28,8 +28,8 @@ const LOADER_CONF: &str = "# The entry with the highest version that has tries l
 /// The boot entry of a slot, as `dray image update` writes it too (UAPI boot loader specification, type 1).
 fn entry(slot: char, version: u64, options: &str) -> String {
     format!(
-        "title Dray (slot {slot})\nsort-key dray\nversion {version}\nlinux /dray/{slot}/vmlinuz\ninitrd /dray/{slot}/initrd\n\
-         options {options} dray.slot={slot} dray.version={version}\n"
+        "title Dray (slot {slot}, version {version})\nsort-key dray\nversion {version}\nlinux /dray/{slot}/vmlinuz\n\
+         initrd /dray/{slot}/initrd\noptions {options} dray.slot={slot} dray.version={version}\n"
     )
 }
 
@@ -70,7 +70,8 @@ fn write_new(path: &Path, inputs: &Inputs, initrd: &[u8]) -> Outcome<u64> {
         file.write_all_at(&table, at).map_err(failed)?;
     }
     let system = system_files(inputs, initrd);
-    for (partition, kind, files) in [(&partitions[0], FatType::Fat32, &system), (&partitions[1], FatType::Fat16, &inputs.config)] {
+    let volumes = [(&partitions[0], FatType::Fat32, &system), (&partitions[1], FatType::Fat16, &inputs.config)];
+    for (partition, kind, files) in volumes {
         let volume = Volume { label: partition.name, kind, bytes: partition.bytes, files }.build()?;
         write_sparse(&file, partition.start, &volume).map_err(failed)?;
     }
@@ -93,7 +94,8 @@ fn write_sparse(file: &File, at: u64, bytes: &[u8]) -> std::io::Result<()> {
 fn make_ext4(path: &Path, partition: &Partition) -> Outcome {
     let tool = find("mkfs.ext4").ok_or("mkfs.ext4 not found: install e2fsprogs")?;
     let (uuid, seed) = (gpt::identifier_text(partition.name), gpt::identifier_text("directory hashes"));
-    let extended = format!("offset={},hash_seed={seed},lazy_itable_init=0,lazy_journal_init=0,nodiscard,root_owner=0:0", partition.start);
+    let at = partition.start;
+    let extended = format!("offset={at},hash_seed={seed},lazy_itable_init=0,lazy_journal_init=0,nodiscard,root_owner=0:0");
     let mut make = command(tool);
     // Before 1.47.1 the time is taken from the first of these, since then from the second.
     make.env("E2FSPROGS_FAKE_TIME", "315532800").env("SOURCE_DATE_EPOCH", "315532800");
@@ -109,6 +111,7 @@ mod tests {
     fn an_entry_names_its_slot_everywhere() {
         let text = entry('b', 7, "quiet");
         assert_eq!(text.matches("slot=b").count() + text.matches("/dray/b/").count(), 3);
-        assert!(text.contains("\nsort-key dray\nversion 7\n") && text.ends_with("options quiet dray.slot=b dray.version=7\n"), "{text}");
+        assert!(text.contains("\nsort-key dray\nversion 7\n"), "{text}");
+        assert!(text.ends_with("options quiet dray.slot=b dray.version=7\n"), "{text}");
     }
 }

@@ -49,8 +49,9 @@ pub fn needs(file: &[u8]) -> Outcome<Needs> {
             size: number::<8>(file, at + 32)?,
         });
     }
-    let loader = segments.iter().find(|segment| segment.kind == INTERPRETER).map(|segment| text(file, segment.offset)).transpose()?;
-    let Some(dynamic) = segments.iter().find(|segment| segment.kind == DYNAMIC) else { return Ok(Needs { loader, libraries: Vec::new() }) };
+    let of_kind = |kind| segments.iter().find(|segment| segment.kind == kind);
+    let loader = of_kind(INTERPRETER).map(|segment| text(file, segment.offset)).transpose()?;
+    let Some(dynamic) = of_kind(DYNAMIC) else { return Ok(Needs { loader, libraries: Vec::new() }) };
     let (mut names, mut strings) = (Vec::new(), None);
     for at in (0..dynamic.size / 16).map(|index| dynamic.offset.saturating_add(index * 16)) {
         match (number::<8>(file, at)?, number::<8>(file, at + 8)?) {
@@ -61,8 +62,9 @@ pub fn needs(file: &[u8]) -> Outcome<Needs> {
         }
     }
     let strings = strings.ok_or("no table of strings")?;
-    let inside = |segment: &&Segment| segment.kind == LOAD && strings.checked_sub(segment.address).is_some_and(|into| into < segment.size);
-    let segment = segments.iter().find(inside).ok_or("the table of strings is outside the file")?;
+    let inside = |segment: &&Segment| strings.checked_sub(segment.address).is_some_and(|into| into < segment.size);
+    let mut loaded = segments.iter().filter(|segment| segment.kind == LOAD);
+    let segment = loaded.find(inside).ok_or("the table of strings is outside the file")?;
     let base = (strings - segment.address).saturating_add(segment.offset);
     let libraries = names.into_iter().map(|name| text(file, base.saturating_add(name))).collect::<Outcome<_>>()?;
     Ok(Needs { loader, libraries })

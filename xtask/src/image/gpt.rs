@@ -150,7 +150,8 @@ mod tests {
     #[test]
     fn partitions_lie_side_by_side_and_both_tables_agree() {
         let (partitions, bytes) = lay_out(&[("ONE", Kind::Efi, 3 << 20), ("TWO", Kind::Linux, (1 << 20) + 1)]);
-        assert_eq!(partitions.iter().map(|part| (part.start, part.bytes)).collect::<Vec<_>>(), [(1 << 20, 3 << 20), (4 << 20, 2 << 20)]);
+        let places: Vec<_> = partitions.iter().map(|part| (part.start, part.bytes)).collect();
+        assert_eq!(places, [(1 << 20, 3 << 20), (4 << 20, 2 << 20)]);
         assert_eq!(bytes, 7 << 20);
         let [(zero, start), (at, end)] = tables(&partitions, bytes);
         assert_eq!((zero, at + end.len() as u64), (0, bytes));

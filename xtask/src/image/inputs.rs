@@ -82,8 +82,8 @@ fn key(tree: &Tree, named: Option<&Path>) -> Outcome<SigningKey> {
     let (key, made) = bundle::key_at(&path)?;
     if made {
         eprintln!(
-            "image: made a key that signs updates, {} (mode 0600): images take updates signed with the key that they were built with; keep \
-             it, and name it with --key to build elsewhere",
+            "image: made a key that signs updates, {} (mode 0600): images take updates signed with the key that they were built \
+             with; keep it, and name it with --key to build elsewhere",
             path.display()
         );
     }
@@ -114,12 +114,14 @@ fn config(file: &Path, built: &Path) -> Outcome<BTreeMap<String, Vec<u8>>> {
     for component in components(&text) {
         let relative = Path::new(component).components().all(|part| matches!(part, std::path::Component::Normal(_)));
         if !relative {
-            return Err(format!("{}: component \"{component}\": in an image a path is relative to the configuration", file.display()));
+            let file = file.display();
+            return Err(format!("{file}: component \"{component}\": in an image a path is relative to the configuration"));
         }
         let name = component.rsplit('/').next().unwrap_or(component);
         let places = [folder.join(component), built.join(name)];
         let place = places.iter().find(|path| path.is_file());
-        let place = place.ok_or_else(|| format!("{}: {component} is neither beside it nor {}", file.display(), places[1].display()))?;
+        let missing = || format!("{}: {component} is neither beside it nor {}", file.display(), places[1].display());
+        let place = place.ok_or_else(missing)?;
         found.insert(component.to_owned(), packages::read(place)?);
         let (beside, lock) = (place.with_file_name(plugins::LOCK), Path::new(component).with_file_name(plugins::LOCK));
         if beside.is_file() {
@@ -132,8 +134,9 @@ fn config(file: &Path, built: &Path) -> Outcome<BTreeMap<String, Vec<u8>>> {
 
 /// The components that a configuration names; "native" is none.
 fn components(text: &str) -> Vec<&str> {
-    let values = lines(text).filter_map(|line| line.strip_prefix("component")?.trim_start().strip_prefix('=')?.trim().strip_prefix('"'));
-    values.filter_map(|value| value.split('"').next()).filter(|value| *value != "native").collect()
+    let values = lines(text).filter_map(|line| line.strip_prefix("component")?.trim_start().strip_prefix('='));
+    let quoted = values.filter_map(|value| value.trim().strip_prefix('"'));
+    quoted.filter_map(|value| value.split('"').next()).filter(|value| *value != "native").collect()
 }
 
 #[cfg(test)]

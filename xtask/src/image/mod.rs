@@ -1,8 +1,8 @@
 //! `cargo xtask image`: the bootable appliance.
 //!
-//! [`inputs`] gathers what it is made of ([`packages`] from Debian, the rest from the build and `images/`), [`initramfs`] packs the
-//! appliance's file system, [`disk`] lays out the disk ([`gpt`], [`fat`]), [`bundle`] signs the same system as an update. The same
-//! inputs give the same bytes: `manifest` has their hashes. `tests/support/image.rs` boots the result.
+//! [`inputs`] gathers what it is made of ([`packages`] from Debian, the rest from the build and `images/`), [`initramfs`] packs
+//! the appliance's file system, [`disk`] lays out the disk ([`gpt`], [`fat`]), [`bundle`] signs the same system as an update. The
+//! same inputs give the same bytes: `manifest` has their hashes. `tests/support/image.rs` boots the result.
 
 mod bundle;
 mod disk;
@@ -74,7 +74,8 @@ impl Options {
         let (debug, no_build, renew, yes) = (flag("--debug"), flag("--no-build"), flag("--renew"), flag("--yes"));
         let mut path = |name| Ok::<_, String>(take_value(&mut args, name)?.map(PathBuf::from));
         let (config, key, output) = (path("--config")?, path("--key")?, path("--output")?);
-        let mut number = |name| take_value(&mut args, name)?.map(|text| text.parse().map_err(|_| format!("{name} {text}: not a number"))).transpose();
+        let parse = |name, text: String| text.parse().map_err(|_| format!("{name} {text}: not a number"));
+        let mut number = |name| take_value(&mut args, name)?.map(|text| parse(name, text)).transpose();
         let (version, state_mib) = (number("--version")?, number("--state")?.unwrap_or(512));
         refuse_rest(&args)?;
         if !STATE_MIB.contains(&state_mib) {
@@ -129,7 +130,8 @@ fn assemble(inputs: &Inputs, output: &Path) -> Outcome<String> {
 
 /// What was built, and of what: the same text for the same inputs.
 fn manifest(inputs: &Inputs, output: &Path) -> Outcome<String> {
-    let mut text = format!("# SHA-256, bytes, name\nversion {}\noptions {}\nkey {}", inputs.version, inputs.options, inputs.public_key);
+    let Inputs { version, options, public_key, .. } = inputs;
+    let mut text = format!("# SHA-256, bytes, name\nversion {version}\noptions {options}\nkey {public_key}");
     for name in ["dray.img", "vmlinuz", "initrd", "dray-update.bin"] {
         let bytes = packages::read(&output.join(name))?;
         // Writing to a String cannot fail.

@@ -48,8 +48,8 @@ fn fetch(folder: &Path, stamp: &str, yes: bool) -> Outcome {
         return Err("the image is for x86-64, and so must be the machine that builds it".into());
     }
     eprintln!(
-        "image: Debian {RELEASE}'s kernel, the boot loader of systemd and busybox: about 120 MB to fetch (10 MB of it lists), 250 MB \
-         on disk under target/image/packages; nothing is installed"
+        "image: Debian {RELEASE}'s kernel, the boot loader of systemd and busybox: about 120 MB to fetch (10 MB of it lists), \
+         250 MB on disk under target/image/packages; nothing is installed"
     );
     agreed("Fetch them?", yes)?;
     fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;

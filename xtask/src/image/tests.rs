@@ -81,8 +81,8 @@ fn a_module_that_this_kernel_does_not_have_fails_the_build() {
 fn the_command_line_is_checked() {
     let parse = |args: &[&str]| Options::parse(args.iter().map(|arg| (*arg).to_owned()).collect());
     let options = parse(&["--debug", "--key", "k", "--output=out", "--version", "12"]).unwrap();
-    assert_eq!((options.debug, options.key, options.output, options.version), (true, Some("k".into()), Some("out".into()), Some(12)));
-    assert_eq!(options.state_mib, 512);
+    assert_eq!((options.debug, options.no_build, options.version, options.state_mib), (true, false, Some(12), 512));
+    assert_eq!((options.key, options.output), (Some("k".into()), Some("out".into())));
     for (args, said) in [(["--state", "1"], "16 to"), (["--version", "x"], "not a number"), (["--shell", "y"], "not an option")] {
         assert!(parse(&args).unwrap_err().contains(said), "{args:?}");
     }
