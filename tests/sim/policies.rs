@@ -132,7 +132,7 @@ struct Library {
 impl Library {
     fn load() -> Result<Self, LoadError> {
         let limits = Limits { instances: INSTANCES, ..Limits::default() };
-        let sandbox = |budget| Sandbox::new(&SandboxConfig { budget, limits, cache: None });
+        let sandbox = |budget| Sandbox::new(&SandboxConfig { budget, limits, cache: None, compiled: None });
         let plain = sandbox(FUEL)?;
         let short = sandbox(Budget::Fuel { call_units: 20_000, open_units: 20_000_000 })?;
         let looping = short.load_bytes::<Cdq>("looping.wasm", &looping(), &Pin::Unpinned)?;

@@ -56,12 +56,13 @@ pub struct PolicyHost {
 ///
 /// # Errors
 /// [`LoadError`].
-pub fn sandbox(policy: &Policy, cache: Option<PathBuf>) -> Result<Sandbox, LoadError> {
+pub fn sandbox(policy: &Policy, cache: Option<PathBuf>, compiled: Option<PathBuf>) -> Result<Sandbox, LoadError> {
     let ticks = |time: Duration| u64::try_from(time.as_micros().div_ceil(TICK.as_micros())).unwrap_or(u64::MAX) + 1;
     Sandbox::new(&SandboxConfig {
         budget: Budget::Time { call_ticks: ticks(policy.budget.0), open_ticks: ticks(OPEN_TIME) },
         limits: Limits { memory_bytes: usize::try_from(policy.memory.0).unwrap_or(usize::MAX), instances: 4, ..Limits::default() },
         cache,
+        compiled,
     })
 }
 
@@ -107,8 +108,10 @@ pub fn factory<R: SandboxRole + Native>(
     let refused = |source| PolicyError::Refused { role: R::NAME, path: path.clone(), source };
     let pin = Pin::find(policy.sha256.as_ref().map(|s| s.get_ref().as_str()), &path).map_err(refused)?;
     let cache = config.path(&config.file.core.state).join("compiled");
-    let sandbox = sandbox(policy, Some(cache))?;
+    let compiled = config.file.core.compiled.as_ref().map(|folder| config.path(folder));
+    let sandbox = sandbox(policy, Some(cache), compiled)?;
     let component = sandbox.load::<R>(&path, &pin).map_err(refused)?;
+    tracing::info!(role = R::NAME, code = ?component.origin(), "policy component loaded");
     tickers.push(TickerThread::start(&sandbox)?);
     Ok(Box::new(component.factory()))
 }

@@ -7,7 +7,8 @@
 //! - [`command`]: the command seam, for controllers that have no registers for us;
 //! - [`backing`]: where the blocks of a software controller's namespace are; [`uring`]: files by io_uring;
 //! - [`socket`]: byte streams that carry descriptors; [`vfio_user`]: a function over one;
-//! - [`poll`]: the poller seam: time, progress, jobs; [`planted`]: faults for the simulator to find.
+//! - [`poll`]: the poller seam: time, progress, jobs; [`planted`]: faults for the simulator to find;
+//! - [`watchdog`]: the timer that resets a machine whose first process is stuck.
 //!
 //! Not here yet: VFIO as a further backing of the device seam, io_uring passthrough for the command seam. Start
 //! reading at [`function`] and [`slot`].
@@ -35,6 +36,7 @@ pub mod space;
 mod sync;
 pub mod uring;
 pub mod vfio_user;
+pub mod watchdog;
 
 #[cfg(all(test, loom))]
 mod loom_tests;

@@ -8,6 +8,10 @@
 //! Two files a component and engine: `KEY.cwasm`, and `KEY.json` with its record. The key is the SHA-256 of the component's own
 //! SHA-256, wasmtime's version and whatever of the engine's configuration changes the code.
 //!
+//! Code that was compiled ahead of time for a stated CPU ([`Cpu`]) is kept in the same way, in a folder of its own that is only
+//! read: `COMPONENT-CPU.cwasm`, by the component's SHA-256. Whether it fits this wasmtime, its settings and this machine's CPU
+//! stands in the code itself and is checked by wasmtime.
+//!
 //! Not here: taking old entries away. A folder that has grown may be emptied at any time.
 #![allow(unsafe_code)]
 
@@ -21,7 +25,7 @@ use std::hash::{Hash as _, Hasher};
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use wasmtime::Engine;
+use wasmtime::{Config, Engine};
 use wasmtime::component::Component;
 
 /// Most bytes of compiled code: the largest component compiles to a few times its size.
@@ -30,6 +34,56 @@ const MAX_CODE_BYTES: u64 = 1 << 30;
 const MAX_RECORD_BYTES: u64 = 4096;
 /// Bits that let the group or others write.
 const WRITABLE_BY_OTHERS: RawMode = 0o022;
+
+/// What code that is compiled ahead of time is compiled for.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// A CPU that code is compiled for, by the levels of the x86-64 psABI. Code for a level runs on every CPU of that level and
+/// those above.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cpu {
+    /// Any x86-64.
+    V1,
+    /// SSE4.2 and POPCNT: made since about 2009, and QEMU's `Nehalem`.
+    V2,
+    /// AVX2, BMI, FMA: made since about 2013, and QEMU's `Haswell`.
+    V3,
+}
+
+impl Cpu {
+    /// All of them, the newest first.
+    pub const ALL: [Self; 3] = [Self::V3, Self::V2, Self::V1];
+
+    /// Its name in the psABI, which is cranelift's preset as well.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V1 => "x86-64",
+            Self::V2 => "x86-64-v2",
+            Self::V3 => "x86-64-v3",
+        }
+    }
+}
+
+impl std::str::FromStr for Cpu {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|cpu| cpu.name() == text).ok_or_else(|| {
+            let names = Self::ALL.map(Self::name).join(", ");
+            format!("\"{text}\" is no CPU that code is compiled for; there are {names}")
+        })
+    }
+}
+
+/// Sets an engine up to compile for a CPU that need not be this machine's.
+pub(crate) fn compile_for(config: &mut Config, cpu: Cpu) -> wasmtime::Result<()> {
+    config.target(TARGET)?;
+    // SAFETY: what a flag could break is that code uses instructions which the machine does not have, or keeps to other rules than
+    // the host. These are presets of features of the CPU and nothing else; such an engine only compiles ([`Engine::precompile_component`]),
+    // and an engine that loads the code compares its features with those of its machine.
+    unsafe { config.cranelift_flag_enable(cpu.name()) };
+    Ok(())
+}
 
 /// Why a cache folder cannot be used, or an entry was not written.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +154,14 @@ impl Cache {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => return Err(system("make the folder")(error)),
         }
+        Self::open_existing(folder)
+    }
+
+    /// As [`open`](Self::open), for a folder that is there.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_existing(folder: &Path) -> Result<Self, CacheError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let folder = rustix::fs::openat(CWD, folder, flags, Mode::empty()).map_err(system("open the folder"))?;
         own(&folder, FileType::Directory)?;
@@ -109,8 +171,17 @@ impl Cache {
     /// The compiled code of the component with this SHA-256, if it is here, ours, whole, and made for this engine.
     #[must_use]
     pub fn get(&self, engine: &Engine, component: Digest) -> Option<Component> {
-        let key = key(engine, component);
-        let bytes = match self.read_verified(&key) {
+        self.load(engine, &key(engine, component))
+    }
+
+    /// Code that was compiled ahead of time, if there is some that this machine can run.
+    #[must_use]
+    pub fn ahead(&self, engine: &Engine, component: Digest) -> Option<Component> {
+        Cpu::ALL.into_iter().find_map(|cpu| self.load(engine, &ahead_key(cpu, component)))
+    }
+
+    fn load(&self, engine: &Engine, key: &str) -> Option<Component> {
+        let bytes = match self.read_verified(key) {
             Ok(bytes) => bytes?,
             Err(error) => {
                 tracing::warn!(%error, key, "compiled component not used; it is compiled again");
@@ -119,7 +190,8 @@ impl Cache {
         };
         // SAFETY: `deserialize` must be given only what this wasmtime's compiler wrote. These bytes were read from a file that
         // belongs to this user and that nobody else can write, in such a folder (checked on the open descriptors), and their
-        // SHA-256 is the one recorded there by `put`; they are in our own memory, so that they cannot change after the check.
+        // SHA-256 is the one recorded there by `put` or `put_ahead`; they are in our own memory, so that they cannot change after
+        // the check. Code of another version, settings or CPU says so in its head, and is refused.
         let code = unsafe { Component::deserialize(engine, &bytes) };
         code.inspect_err(|error| tracing::warn!(%error, key, "compiled component does not fit; it is compiled again")).ok()
     }
@@ -133,10 +205,25 @@ impl Cache {
         own(&self.folder, FileType::Directory)?;
         let key = key(engine, component);
         let bytes = code.serialize().map_err(|error| CacheError::Code(format!("{error:#}")))?;
-        let record = Record { sha256: Digest::of(&bytes).to_string(), bytes: bytes.len() as u64 };
+        self.write_both(&key, &bytes)
+    }
+
+    /// Keeps what [`Engine::precompile_component`] made of a component for a CPU; returns its file, below the folder.
+    ///
+    /// # Errors
+    /// [`CacheError`]; nothing is kept then.
+    pub fn put_ahead(&self, cpu: Cpu, component: Digest, bytes: &[u8]) -> Result<PathBuf, CacheError> {
+        own(&self.folder, FileType::Directory)?;
+        let key = ahead_key(cpu, component);
+        self.write_both(&key, bytes)?;
+        Ok(code_name(&key).into())
+    }
+
+    fn write_both(&self, key: &str, bytes: &[u8]) -> Result<(), CacheError> {
+        let record = Record { sha256: Digest::of(bytes).to_string(), bytes: bytes.len() as u64 };
         let record = serde_json::to_vec(&record).map_err(|error| CacheError::Code(error.to_string()))?;
-        self.write(&code_name(&key), &bytes)?;
-        self.write(&record_name(&key), &record)
+        self.write(&code_name(key), bytes)?;
+        self.write(&record_name(key), &record)
     }
 
     /// The file of compiled code for a component, below the folder.
@@ -222,6 +309,10 @@ fn code_name(key: &str) -> String {
 
 fn record_name(key: &str) -> String {
     format!("{key}.json")
+}
+
+fn ahead_key(cpu: Cpu, component: Digest) -> String {
+    format!("{component}-{}", cpu.name())
 }
 
 /// What the compiled code depends on.

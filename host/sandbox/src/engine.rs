@@ -1,7 +1,7 @@
 //! The engine and its limits, fixed at start; loading; the ticker.
 
 use crate::bindings::state;
-use crate::cache::Cache;
+use crate::cache::{Cache, Cpu, compile_for};
 use crate::instance::{Host, SandboxFactory, TABLE_ELEMENTS, probe};
 use crate::{Inspection, LoadError, Pin, SandboxRole, inspect, log};
 use dray_policy::seam::Identity;
@@ -67,6 +67,40 @@ pub struct SandboxConfig {
     pub limits: Limits,
     /// Folder of compiled code; `None` compiles at every load.
     pub cache: Option<PathBuf>,
+    /// Folder of code that [`compile_ahead`] made; it is looked into before the cache, and only read.
+    pub compiled: Option<PathBuf>,
+}
+
+/// Where the compiled code of a component came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CodeOrigin {
+    /// It was compiled now.
+    Compiled,
+    /// From the cache.
+    Cache,
+    /// It was compiled ahead of time.
+    Ahead,
+}
+
+/// Compiles a component for a CPU, ahead of time and perhaps on another machine, into a folder that [`SandboxConfig::compiled`]
+/// can name. The budget of `config` must be of the kind that it will run with (time or fuel). Returns the file of the code.
+///
+/// # Errors
+/// What is wrong with the component, or the folder.
+pub fn compile_ahead(config: &SandboxConfig, cpu: Cpu, bytes: &[u8], folder: &Path) -> Result<PathBuf, LoadError> {
+    let (found, limit) = (bytes.len() as u64, config.limits.component_bytes);
+    if found > limit {
+        return Err(LoadError::TooLarge { found, limit });
+    }
+    let inspection = inspect(bytes)?;
+    let mut engine = engine_config(config);
+    // Nothing runs in it: nothing is to be reserved.
+    engine.allocation_strategy(InstanceAllocationStrategy::OnDemand);
+    let engine = compile_for(&mut engine, cpu).and_then(|()| Engine::new(&engine));
+    let engine = engine.map_err(|error| LoadError::Engine(format!("{error:#}")))?;
+    let code = engine.precompile_component(bytes).map_err(|error| LoadError::Compile(format!("{error:#}")))?;
+    let kept = Cache::open(folder).and_then(|cache| cache.put_ahead(cpu, inspection.sha256, &code));
+    kept.map(|file| folder.join(file)).map_err(|error| LoadError::NotKept { folder: folder.into(), why: error.to_string() })
 }
 
 /// The engine that all components of this process share. Cheap to clone.
@@ -81,6 +115,7 @@ struct Inner {
     budget: Budget,
     limits: Limits,
     cache: Option<Cache>,
+    compiled: Option<Cache>,
     pulse: Arc<Pulse>,
 }
 
@@ -102,8 +137,15 @@ impl Sandbox {
                 None
             }
         });
+        let compiled = config.compiled.as_ref().and_then(|folder| match Cache::open_existing(folder) {
+            Ok(cache) => Some(cache),
+            Err(error) => {
+                tracing::warn!(%error, folder = %folder.display(), "components compiled ahead of time are not used");
+                None
+            }
+        });
         let (budget, limits) = (config.budget, config.limits);
-        Ok(Self { inner: Arc::new(Inner { engine, linker, budget, limits, cache, pulse: Arc::default() }) })
+        Ok(Self { inner: Arc::new(Inner { engine, linker, budget, limits, cache, compiled, pulse: Arc::default() }) })
     }
 
     /// Loads the component at `path` as a policy of role `R`. It blocks: milliseconds for a small component, seconds for one
@@ -129,25 +171,28 @@ impl Sandbox {
         pin.check(crate::Digest::of(bytes))?;
         let inspection = inspect(bytes)?;
         inspection.check(R::NAME)?;
-        let (code, cached) = self.compile(bytes, &inspection)?;
+        let (code, origin) = self.compile(bytes, &inspection)?;
         let misfit = |error: wasmtime::Error| LoadError::Interface(format!("{error:#}"));
         let pre = self.inner.linker.instantiate_pre(&code).map_err(misfit)?;
         let indices = R::indices(&pre).map_err(misfit)?;
         let state = inspection.has_state.then(|| state::GuestIndices::new(&pre)).transpose().map_err(misfit)?;
         let identity = Identity { component: name.to_owned(), sha256: inspection.sha256.to_string() };
         let sandbox = self.clone();
-        let loaded = Loaded { sandbox, identity, name: name.into(), pre, indices, state, inspection, cached };
+        let loaded = Loaded { sandbox, identity, name: name.into(), pre, indices, state, inspection, origin };
         let component = Component { loaded: Arc::new(loaded) };
         probe(&component).map_err(LoadError::Start)?;
         Ok(component)
     }
 
-    /// Compiled code, from the cache if it is there; and whether it was.
-    fn compile(&self, bytes: &[u8], inspection: &Inspection) -> Result<(wasmtime::component::Component, bool), LoadError> {
+    /// Compiled code, from where it is, or compiled now.
+    fn compile(&self, bytes: &[u8], inspection: &Inspection) -> Result<(wasmtime::component::Component, CodeOrigin), LoadError> {
         let engine = &self.inner.engine;
+        if let Some(code) = self.inner.compiled.as_ref().and_then(|compiled| compiled.ahead(engine, inspection.sha256)) {
+            return Ok((code, CodeOrigin::Ahead));
+        }
         let cache = self.inner.cache.as_ref();
         if let Some(code) = cache.and_then(|cache| cache.get(engine, inspection.sha256)) {
-            return Ok((code, true));
+            return Ok((code, CodeOrigin::Cache));
         }
         let code = wasmtime::component::Component::from_binary(engine, bytes)
             .map_err(|error| LoadError::Compile(format!("{error:#}")))?;
@@ -156,7 +201,7 @@ impl Sandbox {
         {
             tracing::warn!(%error, "compiled component not kept");
         }
-        Ok((code, false))
+        Ok((code, CodeOrigin::Compiled))
     }
 
     /// The ticker of [`Budget::Time`], for a thread of the appliance: it calls [`Ticker::tick`] every 100 µs to 1 ms while that
@@ -255,7 +300,7 @@ struct Loaded<R: SandboxRole> {
     indices: R::Indices,
     state: Option<state::GuestIndices>,
     inspection: Inspection,
-    cached: bool,
+    origin: CodeOrigin,
 }
 
 impl<R: SandboxRole> Clone for Component<R> {
@@ -292,7 +337,13 @@ impl<R: SandboxRole> Component<R> {
     /// Its compiled code came from the cache.
     #[must_use]
     pub fn from_cache(&self) -> bool {
-        self.loaded.cached
+        self.loaded.origin == CodeOrigin::Cache
+    }
+
+    /// Where its compiled code came from.
+    #[must_use]
+    pub fn origin(&self) -> CodeOrigin {
+        self.loaded.origin
     }
 
     /// It hands its state to a successor.
@@ -406,7 +457,7 @@ mod tests {
     fn the_ticker_parks_after_the_longest_call_and_is_woken_by_the_next() {
         let budget = Budget::Time { call_ticks: 4, open_ticks: 100 };
         let limits = Limits { instances: 1, ..Limits::default() };
-        let sandbox = Sandbox::new(&SandboxConfig { budget, limits, cache: None }).unwrap();
+        let sandbox = Sandbox::new(&SandboxConfig { budget, limits, cache: None, compiled: None }).unwrap();
         let woken = Arc::new(AtomicU64::new(0));
         let count = Arc::clone(&woken);
         let mut ticker = sandbox.ticker(Box::new(move || {

@@ -104,6 +104,14 @@ pub enum LoadError {
     /// The compiler refused it: over a limit of the sandbox, or a feature that is off.
     #[error("the component does not compile: {0}")]
     Compile(String),
+    /// Code that was compiled ahead of time could not be kept.
+    #[error("compiled code cannot be kept in {folder}: {why}", folder = .folder.display())]
+    NotKept {
+        /// The folder.
+        folder: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// It compiled, but a trial instance did not start.
     #[error("the component does not start: {0}")]
     Start(String),

@@ -2,7 +2,8 @@
 //!
 //! A component exports one role of `wit/0.1` (`cdq`, `tracking` or `copy`, and `state` if it keeps any) and imports nothing but
 //! `dray:policy/host`. [`Sandbox`] holds the engine and its limits, all of them fixed at start; [`Sandbox::load`] checks a
-//! component (pin, role, version, imports) and compiles it, or takes the compiled code from the [cache](cache::Cache);
+//! component (pin, role, version, imports) and compiles it, or takes the compiled code from the [cache](cache::Cache) or from a
+//! folder of code that was compiled ahead of time ([`compile_ahead`]);
 //! [`SandboxFactory`] opens instances of it from the pool, so that `dray_policy`'s guard can ask it like a native policy.
 //!
 //! Each call has a budget ([`Budget`]): time by epoch interruption where a clock exists, fuel where the same seed must end at
@@ -26,7 +27,8 @@ mod log;
 mod pin;
 mod role;
 
-pub use engine::{Budget, Component, Limits, Sandbox, SandboxConfig, Ticker, Ticking};
+pub use cache::Cpu;
+pub use engine::{Budget, CodeOrigin, Component, Limits, Sandbox, SandboxConfig, Ticker, Ticking, compile_ahead};
 pub use error::LoadError;
 pub use inspect::{Import, Inspection, POLICY_VERSION, inspect};
 pub use instance::SandboxFactory;

@@ -4,7 +4,7 @@ mod support;
 
 use dray_policy::role::Cdq;
 use dray_sandbox::cache::{Cache, CacheError};
-use dray_sandbox::{Component, Limits, Pin, Sandbox, SandboxConfig};
+use dray_sandbox::{CodeOrigin, Component, Cpu, Limits, Pin, Sandbox, SandboxConfig, compile_ahead};
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use dray_policy::seam::Factory;
 
 fn with_cache(folder: &Path, budget: dray_sandbox::Budget) -> Sandbox {
     let limits = Limits { instances: 2, ..Limits::default() };
-    Sandbox::new(&SandboxConfig { budget, limits, cache: Some(folder.to_owned()) }).unwrap()
+    Sandbox::new(&SandboxConfig { budget, limits, cache: Some(folder.to_owned()), compiled: None }).unwrap()
 }
 
 fn load(folder: &Path) -> Component<Cdq> {
@@ -152,4 +152,71 @@ fn what_belongs_to_another_user_is_not_used() {
         assert!(!load(&folder).from_cache());
         std::os::unix::fs::chown(&folder, Some(0), None).unwrap();
     }
+}
+
+/// A sandbox with a folder of code that was compiled ahead of time, and a cache beside it.
+fn with_compiled(folder: &Path, cache: &Path) -> Sandbox {
+    let limits = Limits { instances: 2, ..Limits::default() };
+    Sandbox::new(&SandboxConfig { budget: TIME, limits, cache: Some(cache.to_owned()), compiled: Some(folder.to_owned()) }).unwrap()
+}
+
+/// Where the component's code came from; it must work.
+fn origin(folder: &Path, cache: &Path) -> CodeOrigin {
+    let component = with_compiled(folder, cache).load_bytes::<Cdq>("a.wasm", &cdq(HONEST, ""), &Pin::Unpinned).unwrap();
+    let mut policy = component.factory().open(&opening(), None).unwrap();
+    assert_eq!(ask(&mut *policy, 7).unwrap().consumed, 7);
+    component.origin()
+}
+
+fn compile(budget: dray_sandbox::Budget, cpu: Cpu, folder: &Path) -> PathBuf {
+    // Other limits of memory and instances than it runs with: they are no part of the code.
+    let limits = Limits { instances: 1, memory_bytes: 1 << 20, ..Limits::default() };
+    let config = SandboxConfig { budget, limits, cache: None, compiled: None };
+    compile_ahead(&config, cpu, &cdq(HONEST, ""), folder).unwrap()
+}
+
+#[test]
+fn code_that_was_compiled_ahead_is_not_compiled_again() {
+    for cpu in [Cpu::V1, Cpu::V2] {
+        let (ahead, cache) = (folder(&format!("ahead-{}", cpu.name())), folder(&format!("ahead-cache-{}", cpu.name())));
+        let code = compile(TIME, cpu, &ahead);
+        assert!(code.to_string_lossy().ends_with(&format!("-{}.cwasm", cpu.name())), "{}", code.display());
+        assert_eq!(origin(&ahead, &cache), CodeOrigin::Ahead);
+        assert_eq!(fs::read_dir(&cache).unwrap().count(), 0, "nothing was compiled");
+        assert_eq!(compile(TIME, cpu, &ahead), code);
+        assert_eq!(fs::read_dir(&ahead).unwrap().count(), 2, "no left-overs");
+    }
+}
+
+#[test]
+fn code_that_was_compiled_ahead_and_changed_is_not_used() {
+    let (ahead, cache) = (folder("ahead-tampered"), folder("ahead-tampered-cache"));
+    let code = compile(TIME, Cpu::V2, &ahead);
+    let whole = fs::read(&code).unwrap();
+    let mut tampered = whole.clone();
+    let middle = tampered.len() / 2;
+    tampered[middle] ^= 1;
+    fs::write(&code, &tampered).unwrap();
+    assert_eq!(origin(&ahead, &cache), CodeOrigin::Compiled);
+    assert_eq!(origin(&ahead, &cache), CodeOrigin::Cache);
+    assert_eq!(fs::read(&code).unwrap(), tampered, "the folder is only read");
+    fs::write(&code, &whole).unwrap();
+    for path in [&code, &ahead] {
+        let before = fs::metadata(path).unwrap().permissions().mode();
+        mode(path, before | 0o020);
+        assert_eq!(origin(&ahead, &cache), CodeOrigin::Cache, "others can write {}", path.display());
+        mode(path, before);
+        assert_eq!(origin(&ahead, &cache), CodeOrigin::Ahead);
+    }
+    fs::remove_file(code.with_extension("json")).unwrap();
+    assert_eq!(origin(&ahead, &cache), CodeOrigin::Cache);
+    assert_eq!(origin(&ahead.join("none"), &cache), CodeOrigin::Cache, "a folder that is not there");
+    assert!(!ahead.join("none").exists());
+}
+
+#[test]
+fn code_for_other_settings_is_compiled_anew() {
+    let (ahead, cache) = (folder("ahead-fuel"), folder("ahead-fuel-cache"));
+    compile(FUEL, Cpu::V2, &ahead);
+    assert_eq!(origin(&ahead, &cache), CodeOrigin::Compiled, "code for fuel is not code for epochs");
 }

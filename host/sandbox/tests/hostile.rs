@@ -114,7 +114,7 @@ fn memory_ends_at_its_limit() {
 #[test]
 fn a_component_that_begins_too_large_is_refused() {
     let limits = Limits { memory_bytes: 65536, instances: 1, ..Limits::default() };
-    let sandbox = Sandbox::new(&SandboxConfig { budget: FUEL, limits, cache: None }).unwrap();
+    let sandbox = Sandbox::new(&SandboxConfig { budget: FUEL, limits, cache: None, compiled: None }).unwrap();
     let error = load(&sandbox, &cdq(HONEST, "")).unwrap_err();
     assert!(matches!(error, LoadError::Compile(_)), "{error}");
     assert!(error.to_string().contains("memory"), "{error}");

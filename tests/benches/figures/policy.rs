@@ -30,7 +30,7 @@ pub fn sandboxed(meter: Box<dyn Meter>, limits: Limits, guard: GuardLimits) -> R
     let pin = Pin::find(None, &path).map_err(|error| format!("{error}; `cargo xtask bench` builds the policies"))?;
     // The clock of budgets runs as in the appliance; no call here comes near its end.
     let budget = Budget::Time { call_ticks: 200, open_ticks: 2_000 };
-    let sandbox = Sandbox::new(&SandboxConfig { budget, limits, cache: None })?;
+    let sandbox = Sandbox::new(&SandboxConfig { budget, limits, cache: None, compiled: None })?;
     let component = sandbox.load::<Cdq>(&path, &pin)?;
     let ticker = TickerThread::start(&sandbox)?;
     let guard = Guard::new(Box::new(component.factory()), native_factory(), meter, guard);

@@ -6,10 +6,13 @@ mod demo;
 mod device;
 mod end;
 mod history;
+mod image;
 mod migrate;
 mod plugin;
 mod run;
 mod status;
+
+pub(crate) use status::text as status_text;
 
 use crate::config::units::Size;
 use clap::{Args, Parser, Subcommand};
@@ -98,6 +101,9 @@ enum Command {
     /// Check configurations
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Look at the system slots of the image that runs here, and update it
+    #[command(subcommand)]
+    Image(ImageCommand),
 }
 
 /// What the demo can be told.
@@ -228,6 +234,21 @@ enum PluginCommand {
         /// The component
         file: PathBuf,
     },
+    /// Compile components ahead of time, for the folder that `[core] compiled` names
+    #[command(after_help = "Example: dray plugin compile --cpu x86-64-v2 --output compiled target/plugins/*.wasm\n\n\
+        The code runs on every CPU of the level and above (x86-64-v2: SSE4.2 and POPCNT), and with this version of dray alone. \
+        It is loaded only from a folder that belongs to the appliance's user and that nobody else can write.")]
+    Compile {
+        /// The components
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// x86-64, x86-64-v2 or x86-64-v3, the levels of the x86-64 psABI
+        #[arg(long, value_name = "LEVEL", default_value = "x86-64-v2")]
+        cpu: dray_sandbox::Cpu,
+        /// Where the code goes; made if it is not there
+        #[arg(long, short, value_name = "FOLDER")]
+        output: PathBuf,
+    },
     /// Measure what calls to a component cost
     #[command(after_help = "Example: dray plugin bench target/plugins/cdq-default.wasm")]
     Bench {
@@ -243,6 +264,32 @@ enum ConfigCommand {
     Check {
         /// The configuration
         file: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ImageCommand {
+    /// Show the two system slots: versions, tries that are left, which one runs
+    #[command(after_help = "Example: dray image status --json")]
+    Status {
+        #[command(flatten)]
+        parts: image::Parts,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write an update to the slot that does not run, after its signature was checked
+    #[command(after_help = "Example: dray image update http://192.0.2.1/dray.update\n\n\
+        Interrupted at any instant, the slot that runs is as it was. The next start boots the new one; if it does not come up in \
+        three tries, the old one is booted again.")]
+    Update {
+        #[command(flatten)]
+        parts: image::Parts,
+        /// FILE, tcp:HOST:PORT (which sends it) or http://HOST[:PORT]/PATH
+        from: String,
+        /// Install it even if its version is not higher
+        #[arg(long)]
+        allow_downgrade: bool,
     },
 }
 
@@ -265,9 +312,12 @@ pub fn main() -> ExitCode {
         Command::Cdq(CdqCommand::Watch { entries, json }) => cdq::watch(&cli.config, entries, json, cli.verbose > 0),
         Command::Plugin(PluginCommand::Inspect { file, json }) => plugin::inspect(&file, json),
         Command::Plugin(PluginCommand::Check { file }) => plugin::check(&file),
+        Command::Plugin(PluginCommand::Compile { files, cpu, output }) => plugin::compile(&files, cpu, &output),
         Command::Plugin(PluginCommand::Bench { file }) => plugin::bench(&file),
         Command::History { json } => history::run(&cli.config, json),
         Command::Config(ConfigCommand::Check { file }) => check::run(&file),
+        Command::Image(ImageCommand::Status { parts, json }) => image::status(&parts, json),
+        Command::Image(ImageCommand::Update { parts, from, allow_downgrade }) => image::update(&parts, &from, allow_downgrade),
     };
     match result {
         Ok(code) => code,

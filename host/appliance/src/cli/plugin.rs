@@ -1,4 +1,4 @@
-//! `dray plugin inspect`, `check` and `bench`: for people who write policies.
+//! `dray plugin inspect`, `check`, `bench` and `compile`: for people who write policies, or ship them.
 
 use crate::core::clock::Clock;
 use crate::core::ticker::TickerThread;
@@ -6,10 +6,10 @@ use dray_policy::conformance::{self, Finding};
 use dray_policy::packed::REGION_BYTES;
 use dray_policy::role::{Cdq, CdqQueue, Copy, Role, Tracking};
 use dray_policy::seam::{Factory, NamespaceInfo, Opening, Setup};
-use dray_sandbox::{Budget, Inspection, Limits, Pin, Sandbox, SandboxConfig, SandboxRole, inspect as look};
+use dray_sandbox::{Budget, Cpu, Inspection, Limits, Pin, Sandbox, SandboxConfig, SandboxRole, compile_ahead, inspect as look};
 use miette::{Context, IntoDiagnostic, miette};
 use serde_json::json;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Calls per measured batch size.
@@ -54,12 +54,27 @@ pub(super) fn inspect(file: &Path, as_json: bool) -> miette::Result<ExitCode> {
 /// A sandbox of its own for one file that an operator names.
 fn load<R: SandboxRole>(file: &Path, bytes: &[u8]) -> miette::Result<(Box<dyn Factory<R>>, TickerThread)> {
     let budget = Budget::Time { call_ticks: 200, open_ticks: 2_000 };
-    let config = SandboxConfig { budget, limits: Limits::default(), cache: None };
+    let config = SandboxConfig { budget, limits: Limits::default(), cache: None, compiled: None };
     let refused = |error| miette!("{}: {error}", file.display());
     let sandbox = Sandbox::new(&config).map_err(refused)?;
     let component = sandbox.load_bytes::<R>(&file.display().to_string(), bytes, &Pin::Unpinned).map_err(refused)?;
     let ticker = TickerThread::start(&sandbox).into_diagnostic()?;
     Ok((Box::new(component.factory()), ticker))
+}
+
+/// Compiles components ahead of time for a CPU.
+pub(super) fn compile(files: &[PathBuf], cpu: Cpu, output: &Path) -> miette::Result<ExitCode> {
+    // What calls may take is no part of the code; that it is time is.
+    let budget = Budget::Time { call_ticks: 1, open_ticks: 1 };
+    let config = SandboxConfig { budget, limits: Limits::default(), cache: None, compiled: None };
+    for file in files {
+        let (bytes, found) = read(file)?;
+        role_of(file, &found)?;
+        let code = compile_ahead(&config, cpu, &bytes, output).map_err(|error| miette!("{}: {error}", file.display()))?;
+        let size = std::fs::metadata(&code).map_or(0, |code| code.len());
+        println!("{} for {}: {} ({size} bytes)", file.display(), cpu.name(), code.display());
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn role_of(file: &Path, found: &Inspection) -> miette::Result<String> {

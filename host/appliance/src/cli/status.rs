@@ -40,7 +40,8 @@ fn list(value: &Value) -> String {
     all(value).map(plain).collect::<Vec<_>>().join(" ")
 }
 
-fn text(status: &Value) -> String {
+/// An appliance's status for people.
+pub(crate) fn text(status: &Value) -> String {
     let mut text = String::new();
     let up = Span(Duration::from_millis(status["uptime_ms"].as_u64().unwrap_or(0)));
     // Writing to a string cannot fail.

@@ -31,6 +31,7 @@ pub(super) fn check(config: &Config) -> Result<(), Problem> {
     }
     check_migration(config)?;
     super::export::check(config)?;
+    super::image::check(&config.file.image)?;
     for (role, policy) in
         [("cdq", &config.file.policy.cdq), ("tracking", &config.file.policy.tracking), ("copy", &config.file.policy.copy)]
     {

@@ -6,6 +6,7 @@
 
 mod check;
 pub mod export;
+pub mod image;
 pub mod units;
 
 pub use check::parse_nguid as nguid_bytes;
@@ -37,6 +38,9 @@ pub struct File {
     /// The demo's guest.
     #[serde(default)]
     pub guest: Guest,
+    /// What the bootable image does with its machine.
+    #[serde(default)]
+    pub image: image::Image,
 }
 
 /// How the polling cores behave.
@@ -51,11 +55,20 @@ pub struct Core {
     pub pages: PageChoice,
     /// The folder of durable records and compiled policies, relative to the configuration.
     pub state: PathBuf,
+    /// A folder of policies that `dray plugin compile` has compiled ahead of time, relative to the configuration. What is not in
+    /// it, does not fit, or could be written by others is compiled at start.
+    pub compiled: Option<PathBuf>,
 }
 
 impl Default for Core {
     fn default() -> Self {
-        Self { idle: Idle::Adaptive, policies: PolicyPlace::Beside, pages: PageChoice::PreferHuge, state: "target/dray/state".into() }
+        Self {
+            idle: Idle::Adaptive,
+            policies: PolicyPlace::Beside,
+            pages: PageChoice::PreferHuge,
+            state: "target/dray/state".into(),
+            compiled: None,
+        }
     }
 }
 
