@@ -3,13 +3,18 @@
 use super::packages::{self, Packages};
 use super::{Options, bundle};
 use crate::kernel::lines;
-use crate::process::{command, run};
+use crate::process::{command, output, run};
 use crate::tree::{Tree, read_text};
 use crate::{Outcome, plugins};
 use ed25519_dalek::SigningKey;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+
+/// The processors that components are compiled for ahead of time: made since about 2009, and QEMU's `Nehalem`.
+const CPU: &str = "x86-64-v2";
+/// The folder of their code, beside the configuration: `[core] compiled`.
+const COMPILED: &str = "compiled";
 
 /// A kernel that was unpacked.
 #[derive(Clone)]
@@ -56,6 +61,8 @@ impl Inputs {
         let images = tree.root.join("images");
         let config_file = options.config.clone().unwrap_or_else(|| images.join("appliance.toml"));
         let key = key(tree, options.key.as_deref())?;
+        let mut config = config(&config_file, &tree.target("plugins")?)?;
+        add_compiled(tree, binary, &config_file, &mut config)?;
         Ok(Self {
             binary: stripped(tree, binary)?,
             kernel,
@@ -63,7 +70,7 @@ impl Inputs {
             busybox: options.debug.then(|| packages::read(&busybox)).transpose()?,
             modules: read_text(&images.join("modules"))?,
             options: lines(&read_text(&images.join("cmdline"))?).flat_map(str::split_whitespace).collect::<Vec<_>>().join(" "),
-            config: config(&config_file, &tree.target("plugins")?)?,
+            config,
             public_key: bundle::public_text(&key),
             key,
             version: options.version.map_or_else(|| committed(tree), Ok)?,
@@ -101,7 +108,7 @@ fn stripped(tree: &Tree, binary: &Path) -> Outcome<Vec<u8>> {
 
 /// The version of what is checked out: when it was committed, in seconds since 1970, so that later is higher.
 fn committed(tree: &Tree) -> Outcome<u64> {
-    let text = crate::process::output(command("git").current_dir(&tree.root).args(["log", "-1", "--format=%ct"]));
+    let text = output(command("git").current_dir(&tree.root).args(["log", "-1", "--format=%ct"]));
     let text = text.map_err(|error| format!("no version: give one with --version ({error})"))?;
     text.trim().parse().map_err(|_| format!("no version: git said `{}`; give one with --version", text.trim()))
 }
@@ -129,6 +136,56 @@ fn config(file: &Path, built: &Path) -> Outcome<BTreeMap<String, Vec<u8>>> {
         }
     }
     found.insert("appliance.toml".into(), text.into_bytes());
+    Ok(found)
+}
+
+/// Compiles the configuration's components ahead of time, so that no boot has to: their code with its recorded hashes, by path.
+fn add_compiled(tree: &Tree, binary: &Path, file: &Path, config: &mut BTreeMap<String, Vec<u8>>) -> Outcome {
+    let folder = tree.target("image")?.join(format!("{COMPILED}.{}", std::process::id()));
+    let compiled = compile(binary, config, &folder);
+    match fs::remove_dir_all(&folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(format!("{}: {error}", folder.display())),
+        _ => {}
+    }
+    let compiled = compiled?;
+    if compiled.is_empty() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&config["appliance.toml"]).into_owned();
+    if !lines(&text).any(|line| line.replace(' ', "") == format!("compiled=\"{COMPILED}\"")) {
+        eprintln!(
+            "image: {} has no `compiled = \"{COMPILED}\"` in [core]: its components are compiled at every first start",
+            file.display()
+        );
+    }
+    config.extend(compiled.into_iter().map(|(name, bytes)| (format!("{COMPILED}/{name}"), bytes)));
+    Ok(())
+}
+
+/// What the appliance makes of the components, in a folder for them: `SHA256-CPU.cwasm` and the record of each.
+fn compile(binary: &Path, config: &BTreeMap<String, Vec<u8>>, folder: &Path) -> Outcome<BTreeMap<String, Vec<u8>>> {
+    let components: Vec<_> = config.iter().filter(|(path, _)| path.ends_with(".wasm")).collect();
+    let mut found = BTreeMap::new();
+    if components.is_empty() {
+        return Ok(found);
+    }
+    let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
+    let (sources, code) = (folder.join("components"), folder.join("code"));
+    fs::create_dir_all(&sources).map_err(failed)?;
+    let mut command = command(binary);
+    command.args(["plugin", "compile", "--cpu", CPU, "--output"]).arg(&code);
+    for (at, (_, bytes)) in components.into_iter().enumerate() {
+        // Two components may have the same name in different folders.
+        let path = sources.join(format!("{at}.wasm"));
+        fs::write(&path, bytes).map_err(failed)?;
+        command.arg(path);
+    }
+    output(&mut command)?;
+    for entry in fs::read_dir(&code).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        found.insert(name, packages::read(&path)?);
+    }
     Ok(found)
 }
 
