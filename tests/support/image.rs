@@ -91,10 +91,10 @@ impl Machine {
         qemu.args(["-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "2"]);
         qemu.args(["-m", &format!("{}M", self.memory_mib), "-nodefaults", "-nographic", "-device", "intel-iommu,intremap=on"]);
         qemu.args(["-serial", &format!("file:{}", log.display())]);
-        for (id, device) in [("commands", "-serial"), ("qmp", "-mon")] {
+        for (id, device) in [("commands", "-serial"), ("qmp", "-qmp")] {
             let socket = self.socket(id, number);
             qemu.args(["-chardev", &format!("socket,id={id},path={},server=on,wait=off", socket.display())]);
-            qemu.args([device, &if device == "-mon" { format!("chardev={id},mode=control") } else { format!("chardev:{id}") }]);
+            qemu.args([device, &format!("chardev:{id}")]);
         }
         match &self.boot {
             Boot::Disk(disk) => {

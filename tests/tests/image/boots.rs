@@ -2,7 +2,7 @@
 
 use crate::room::{BEGINS, Room, SERVING, STATUS, count, free_port, milliseconds, page, shipped};
 use dray_tests::guest::turn;
-use dray_tests::image::{Boot, Image, Machine, manifest_value};
+use dray_tests::image::{Boot, COMMAND, Image, Machine, manifest_value};
 
 #[test]
 fn from_its_disk_by_uefi_until_the_console_switches_it_off() {
@@ -18,12 +18,13 @@ fn from_its_disk_by_uefi_until_the_console_switches_it_off() {
     assert!(milliseconds(line.split("after").nth(1).unwrap_or("")) > 0, "{line}");
     let slot = format!("slot a, version {}", manifest_value("version"));
     assert_eq!(count(&log, &slot), 1, "{}", image.story("which slot?"));
+    assert_eq!(count(&log, "boot_entry_bump_counters"), 0, "the loader cannot count tries:\n{log:#?}");
     let page = page(&image, status, "serving");
     assert!(page.contains("slot a") && page.contains("/config/appliance.toml"), "{page}");
     let said = image.run("status");
     assert!(said.contains("local") && said.contains("spare"), "{said}");
     // No shell, no program but ours; what dray itself does not know is refused.
-    let (code, said) = image.command("sh -c true", dray_tests::image::COMMAND);
+    let (code, said) = image.command("sh -c true", COMMAND);
     assert!(code == 2 && said.contains("sh"), "{code}: {said}");
     let log = image.off();
     assert_eq!(count(&log, "power off"), 1, "{log:#?}");
@@ -38,9 +39,12 @@ fn directly_with_the_configuration_it_carries_until_the_power_button() {
     let _turn = turn();
     let room = Room::new("direct");
     let status = free_port();
-    let boot = Boot::Direct { words: String::new(), disk: None };
+    let boot = Boot::Direct { words: "dray.debug".into(), disk: None };
     let image = Image::boot(&Machine::new("direct", room.folder(), boot).forward(status, STATUS), SERVING);
     let log = image.log();
+    // Nothing is compiled at start: the image has the components' code, and this processor is the oldest that can run it.
+    let loaded: Vec<_> = log.iter().filter(|line| line.contains("policy component loaded")).collect();
+    assert!(loaded.len() >= 3 && loaded.iter().all(|line| line.contains("Ahead")), "{loaded:?}\n{}", image.story("compiled at start"));
     eprintln!("directly: {}", log.iter().find(|line| line.contains(SERVING)).expect("the line that was waited for"));
     assert!(log.iter().any(|line| line.contains("booted directly")), "{}", image.story("how was it booted?"));
     let page = page(&image, status, "serving");

@@ -2,7 +2,7 @@
 
 use crate::room::{BEGINS, Room, SERVING, WRONG, count, page, shipped};
 use dray_tests::guest::turn;
-use dray_tests::image::{Image, SOON};
+use dray_tests::image::{COMMAND, Image, SOON};
 
 #[test]
 fn a_broken_configuration_is_said_on_the_console_and_on_the_status_page() {
@@ -16,7 +16,7 @@ fn a_broken_configuration_is_said_on_the_console_and_on_the_status_page() {
     let page = page(&image, status, "configuration is wrong");
     assert!(page.contains("io-kews"), "the page does not say what:\n{page}");
     // `[image]` is right by itself: its console answers, and nothing was started or restarted.
-    let (code, said) = image.command("config check", dray_tests::image::COMMAND);
+    let (code, said) = image.command("config check /config/appliance.toml", COMMAND);
     assert!(code != 0 && said.contains("io-kews"), "{code}: {said}");
     let log = image.off();
     assert_eq!((count(&log, BEGINS), count(&log, SERVING)), (1, 0), "{log:#?}");

@@ -1,9 +1,27 @@
 //! FAT volumes, built in memory: no clock and no chance is in them, so that the same files give the same bytes.
 
 use crate::Outcome;
-use fatfs::{FatType, FileSystem, FormatVolumeOptions, FsOptions};
+use fatfs::{Date, DateTime, FatType, FileSystem, FormatVolumeOptions, FsOptions, Time, TimeProvider};
 use std::collections::BTreeMap;
 use std::io::{Cursor, Write};
+
+/// When every file was made. Without a provider the crate writes zeros, which are no date: firmware then refuses to rename the
+/// file, and the boot loader could count no tries.
+const DATE: Date = Date { year: 1980, month: 1, day: 1 };
+
+/// The same time, always.
+#[derive(Debug)]
+struct Fixed;
+
+impl TimeProvider for Fixed {
+    fn get_current_date(&self) -> Date {
+        DATE
+    }
+
+    fn get_current_date_time(&self) -> DateTime {
+        DateTime { date: DATE, time: Time { hour: 0, min: 0, sec: 0, millis: 0 } }
+    }
+}
 
 /// A volume to make.
 pub struct Volume<'a> {
@@ -29,8 +47,8 @@ impl Volume<'_> {
         let id = u32::from_le_bytes([id[0], id[1], id[2], id[3]]);
         let options = FormatVolumeOptions::new().fat_type(self.kind).volume_id(id).volume_label(label);
         fatfs::format_volume(&mut disk, options).map_err(failed)?;
-        let volume = FileSystem::new(&mut disk, FsOptions::new().update_accessed_date(false)).map_err(failed)?;
-        // Without the crate's clock every file is of 1980-01-01.
+        let options = FsOptions::new().update_accessed_date(false).time_provider(&Fixed);
+        let volume = FileSystem::new(&mut disk, options).map_err(failed)?;
         for (path, bytes) in self.files {
             for (at, _) in path.match_indices('/') {
                 volume.root_dir().create_dir(&path[..at]).map_err(failed)?;
@@ -61,6 +79,10 @@ mod tests {
         let volume = Volume { label: "DRAY-TEST", kind: FatType::Fat32, bytes: 40 << 20, files: &files };
         let built = volume.build().unwrap();
         assert!(built == volume.build().unwrap(), "two builds differ");
+        // UEFI's drivers refuse to rename a file with a date that is none: short entry of the file, then its dates.
+        let entry = built.windows(11).position(|bytes| bytes == b"DRAY-A~1CON").expect("the entry");
+        let date = |at: usize| u16::from_le_bytes([built[entry + at], built[entry + at + 1]]);
+        assert_eq!([16, 18, 24].map(date), [1 << 5 | 1; 3], "created, accessed, written on 1980-01-01");
         let read = FileSystem::new(Cursor::new(built), FsOptions::new()).unwrap();
         assert_eq!((read.fat_type(), read.volume_label().trim()), (FatType::Fat32, "DRAY-TEST"));
         for (path, bytes) in &files {
