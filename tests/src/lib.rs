@@ -4,7 +4,7 @@
 //! it), and backings that do as they are told. [`raw`] is a guest without a driver: registers and queues by hand, so that it can
 //! do everything wrong. [`moving`] has a migration with its guests, over a [`disk`] that takes its time and a journal on [`paper`].
 //! [`guest`] and [`guest_appliance`] are virtual machines with a stock Linux and the appliance before them, [`dray_in_guest`]
-//! puts our binary into one (`support/`).
+//! puts our binary into one, [`image`] boots the appliance's own image, from a disk that [`image_disk`] looks into (`support/`).
 //! The tests themselves are in `tests/`, a file per area; the benchmark is in `benches/`. Faults of the whole system (power loss, a
 //! side that goes away) are the business of the simulator, `sim`, behind the feature of that name.
 //!
@@ -21,6 +21,10 @@ pub mod guest;
 #[path = "../support/guest_appliance.rs"]
 pub mod guest_appliance;
 pub mod hand;
+#[path = "../support/image.rs"]
+pub mod image;
+#[path = "../support/image_disk.rs"]
+pub mod image_disk;
 pub mod moving;
 pub mod odd;
 pub mod paper;

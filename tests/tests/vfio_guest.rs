@@ -4,18 +4,8 @@
 //! Two boots: one machine with drives that are listed, taken, identified, formatted, exercised, given back and pulled out; one with a drive
 //! that has virtual functions.
 
-#[path = "../support/cpio.rs"]
-#[allow(dead_code)]
-mod cpio;
-#[path = "../support/dray_in_guest.rs"]
-#[allow(dead_code)]
-mod dray_in_guest;
-#[path = "../support/guest.rs"]
-#[allow(dead_code)]
-mod guest;
-
-use dray_in_guest::Initrd;
-use guest::{Guest, Machine, STEP, Trouble};
+use dray_tests::dray_in_guest::Initrd;
+use dray_tests::guest::{self, Guest, Machine, STEP, Trouble};
 use serde_json::Value;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};

@@ -1,14 +1,18 @@
 //! `cargo xtask …`: sets a machine up, builds the host and its policies, tests, measures, shows.
 //!
 //! Depends on no other crate of Dray. Start reading at [`COMMANDS`]; [`toolchain`] finds a compiler for the policies,
-//! [`plugins`] builds them, [`test`](mod@test) is what continuous integration runs. It does not build the bootable image yet.
+//! [`plugins`] builds them, [`test`](mod@test) is what continuous integration runs. [`image`] builds the appliance that boots,
+//! [`guests`] the machines that it and others' clients boot in.
 
 mod asan;
 mod bench;
+mod cpio;
 mod debian;
 mod demo;
 mod fuzz;
 mod guests;
+mod image;
+mod kernel;
 mod plugins;
 mod process;
 mod sim;
@@ -29,13 +33,14 @@ struct Command {
     run: fn(&Tree, Vec<String>) -> Outcome,
 }
 
-const COMMANDS: [Command; 7] = [
+const COMMANDS: [Command; 8] = [
     Command { name: "demo", help: demo::HELP, run: demo::run },
     Command { name: "test", help: test::HELP, run: test::run },
     Command { name: "bench", help: bench::HELP, run: bench::run },
     Command { name: "sim", help: sim::HELP, run: sim::run },
     Command { name: "fuzz", help: fuzz::HELP, run: fuzz::run },
     Command { name: "guests", help: guests::HELP, run: guests::run },
+    Command { name: "image", help: image::HELP, run: image::run },
     Command { name: "plugins", help: plugins::HELP, run: plugins::run },
 ];
 
@@ -51,6 +56,7 @@ Commands:
   sim      run seeds of the simulator: the whole system under faults
   fuzz     hostile guests, devices, files, states, policies and clients, for some seconds each
   guests   make the virtual machines that tests with stock clients boot
+  image    build the appliance as an image that boots
   plugins  build the Wasm policies into target/plugins
 
 `cargo xtask COMMAND --help` says more.
@@ -89,10 +95,36 @@ pub fn take_flag(args: &mut Vec<String>, name: &str) -> bool {
     args.len() != before
 }
 
+/// Takes the option `name` with its value (`--name VALUE` or `--name=VALUE`) out of `args`.
+pub fn take_value(args: &mut Vec<String>, name: &str) -> Outcome<Option<String>> {
+    let with_value = |arg: &String| arg.strip_prefix(name).and_then(|rest| rest.strip_prefix('=')).map(str::to_owned);
+    if let Some(at) = args.iter().position(|arg| with_value(arg).is_some()) {
+        return Ok(with_value(&args.remove(at)));
+    }
+    let Some(at) = args.iter().position(|arg| arg == name) else { return Ok(None) };
+    args.remove(at);
+    if at < args.len() { Ok(Some(args.remove(at))) } else { Err(format!("{name} takes a value; see --help")) }
+}
+
 /// Fails if arguments are left that nobody took.
 pub fn refuse_rest(args: &[String]) -> Outcome {
     match args.first() {
         Some(arg) => Err(format!("`{arg}` is not an option here; see --help")),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_take_their_values() {
+        let mut args: Vec<String> = ["--key", "k", "--state=5", "rest", "--config"].map(Into::into).into();
+        assert_eq!(take_value(&mut args, "--key"), Ok(Some("k".into())));
+        assert_eq!(take_value(&mut args, "--state"), Ok(Some("5".into())));
+        assert_eq!(take_value(&mut args, "--version"), Ok(None));
+        assert!(take_value(&mut args, "--config").unwrap_err().contains("takes a value"));
+        assert_eq!(args, ["rest"]);
     }
 }

@@ -27,7 +27,8 @@ Options:
 Example: cargo xtask plugins && target/release/dray plugin inspect target/plugins/copy-default.wasm
 ";
 
-const LOCK: &str = "plugins.lock";
+/// What is loaded, by SHA-256; lies beside the components.
+pub const LOCK: &str = "plugins.lock";
 /// Raised when the way of building changes, so that what an older xtask built is built again.
 const RECIPE: u32 = 1;
 /// How a component begins, where a core module has 01 00 00 00 at byte 4.

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 pub const HELP: &str = "\
 Builds and runs all tests, in stages, and prints what each took: set-up (Debian's e2fsprogs), the
-policies, the virtual machines (see `cargo xtask guests`), the host with tests and benches, the host's tests, 2,000 seeds of the simulator and its
-planted faults, the policies' own tests on the host, the loom tests of the crates that have some, the queues that no kernel
-has yet (feature kernel-cdq), and the fenced memory under Miri or, where that is not
+policies, the virtual machines (see `cargo xtask guests`), the host with tests and benches, the bootable image, the host's tests, 2,000 seeds of
+the simulator and its planted faults, the policies' own tests on the host, the loom tests of the crates that have some, the queues that
+no kernel has yet (feature kernel-cdq), and the fenced memory under Miri or, where that is not
 installed, AddressSanitizer, the fuzz targets for a few seconds each, our servers before clients that others have written. Stops at the first stage that fails.
 
 The sandbox's runtime (wasmtime) takes minutes to compile: a run that compiles it twice fails.
@@ -96,6 +96,8 @@ fn stages(tree: &Tree) -> Outcome<Vec<Stage>> {
     let release = ["--release", "--workspace"];
     let mut stages = vec![
         Stage { name: "build", command: cargo(tree, &[&["build", "--all-targets"][..], &release].concat()), tests: false },
+        // Before the tests that boot it, out of what was just built.
+        Stage { name: "image", command: cargo(tree, &["xtask", "image", "--no-build", "--yes"]), tests: false },
         Stage { name: "tests", command: cargo(tree, &[&["test"][..], &release].concat()), tests: true },
     ];
     // Nothing to compile, unless the demo's selection of packages has come to differ: then wasmtime is counted again.

@@ -1,8 +1,9 @@
 //! The guest's file system: busybox, the programs with their libraries, kernel modules in their order, and the scripts.
 
-use super::cpio::Archive;
-use super::tools::{self, LIBRARIES, LOADER, Modules, Programs};
+use super::tools::{self, LIBRARIES, LOADER, Programs};
 use crate::Outcome;
+use crate::cpio::Archive;
+use crate::kernel::{Modules, sets};
 use crate::process::{command, output};
 use crate::tree::read_text;
 use std::collections::BTreeSet;
@@ -61,14 +62,13 @@ fn add_programs(archive: &mut Archive, root: &Path, programs: &Programs) -> Outc
 /// Each set of `tests/guests/modules` becomes a list of files in the order to load them.
 fn add_modules(archive: &mut Archive, kernel: &Path, wanted: &Path, version: &str, busybox: &Path) -> Outcome {
     let modules = Modules::find(kernel, version, busybox)?;
-    for line in tools::lines(&read_text(&wanted.join("modules"))?) {
-        let (set, names) = line.split_once(':').ok_or_else(|| format!("tests/guests/modules: no colon in `{line}`"))?;
+    for (set, names) in sets("tests/guests/modules", &read_text(&wanted.join("modules"))?)? {
         let mut order = Vec::new();
-        for name in names.split_whitespace() {
+        for name in &names {
             modules.add(name, &mut order)?;
         }
         let list: String = order.iter().map(|(name, _)| format!("/modules/{name}.ko\n")).collect();
-        archive.file(&format!("modules/{}", set.trim()), list.into_bytes(), false);
+        archive.file(&format!("modules/{set}"), list.into_bytes(), false);
         for (name, bytes) in order {
             archive.file(&format!("modules/{name}.ko"), bytes, false);
         }

@@ -35,7 +35,7 @@ pub enum BundleError {
     Unreadable(#[from] io::Error),
     /// It is something else.
     #[error("it is no update bundle: {0}")]
-    #[diagnostic(help("`cargo xtask image` writes one, target/image/dray.update"))]
+    #[diagnostic(help("`cargo xtask image` writes one, target/image/dray-update.bin"))]
     Format(String),
     /// Somebody else signed it, or it was changed.
     #[error("its signature is not by the key of this image ({fingerprint})")]

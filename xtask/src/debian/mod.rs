@@ -1,4 +1,6 @@
-//! Debian packages: installed as root, or unpacked into a folder of ours.
+//! Debian packages: installed as root, or unpacked into a folder of ours; [`suite`] is for those of another release.
+
+pub mod suite;
 
 use crate::Outcome;
 use crate::process::{agreed, command, find, interactive, is_root, output, run};

@@ -18,7 +18,7 @@ impl Suite {
     /// Refreshes the lists of `suites`, which are looked for where the machine has its own release from.
     pub fn open(folder: &Path, suites: &[&str]) -> Outcome<Self> {
         if find("apt-get").is_none() || find("dpkg").is_none() {
-            return Err("guests are unpacked from Debian's packages, which need apt-get and dpkg".into());
+            return Err("Debian's packages are unpacked, which takes apt-get and dpkg".into());
         }
         let release = read_text(Path::new("/etc/os-release"))?;
         let codename = codename(&release).ok_or("/etc/os-release has no VERSION_CODENAME")?;
@@ -52,15 +52,36 @@ impl Suite {
         debian::simulate(&self.options, &[&from[..], packages].concat())
     }
 
+    /// The kernel that the package `name` stands for, alone: what it depends on makes a RAM disk for a machine, and we make our own.
+    pub fn kernel(&self, name: &str) -> Outcome<Plan> {
+        let mut plan = self.plan(None, &[name])?.only(&["linux-image-"], &[]);
+        plan.installs.retain(|(package, _)| package != name);
+        match plan.installs.len() {
+            1 => Ok(plan),
+            _ => Err(format!("{name} names no single kernel: {:?}", plan.installs)),
+        }
+    }
+
+    /// Fetches and unpacks each part into its folder under `folder`; says how much. Returns `NAME=VERSION` of all packages.
+    pub fn unpack_parts(&self, who: &str, parts: &[(&str, &Plan)], folder: &Path) -> Outcome<Vec<String>> {
+        let mut names = Vec::new();
+        for (part, plan) in parts {
+            eprintln!("{who}: {part}: {} packages, {} MB", plan.installs.len(), self.bytes(plan)?.div_ceil(1_000_000));
+            self.unpack(plan, folder, &folder.join(part))?;
+            names.extend(plan.installs.iter().map(|(name, version)| format!("{name}={version}")));
+        }
+        Ok(names)
+    }
+
     /// What fetching takes.
-    pub fn bytes(&self, plan: &Plan) -> Outcome<u64> {
+    fn bytes(&self, plan: &Plan) -> Outcome<u64> {
         let names = plan.installs.iter().map(|(name, version)| format!("{name}={version}"));
         let uris = output(command("apt-get").args(&self.options).args(["--print-uris", "download"]).args(names))?;
         Ok(uris.lines().filter_map(size).sum())
     }
 
     /// Fetches and unpacks into `root`; `cache` holds what is in between.
-    pub fn unpack(&self, plan: &Plan, cache: &Path, root: &Path) -> Outcome {
+    fn unpack(&self, plan: &Plan, cache: &Path, root: &Path) -> Outcome {
         debian::unpack(&self.options, plan, cache, root)
     }
 }
@@ -93,7 +114,6 @@ fn archive<'a>(uris: &'a str, codename: &str) -> Option<&'a str> {
 fn size(line: &str) -> Option<u64> {
     line.strip_prefix('\'')?.split_whitespace().nth(2)?.parse().ok()
 }
-
 
 #[cfg(test)]
 mod tests {
