@@ -11,7 +11,7 @@
 //! **Where to start reading.** `rig.rs`, then `tests/loopback.rs`.
 
 /// The archives that kernels take as their initial RAM disk, as `cargo xtask guests` builds them.
-#[path = "../../xtask/src/guests/cpio.rs"]
+#[path = "../../xtask/src/cpio.rs"]
 pub mod cpio;
 pub mod disk;
 #[path = "../support/dray_in_guest.rs"]
