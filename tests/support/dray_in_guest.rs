@@ -2,7 +2,8 @@
 //!
 //! The kernel unpacks archives that stand one behind the other, so that what `cargo xtask guests` made stays as it is. In the guest
 //! `/usr/bin/dray` is a script that runs the binary with the loader and the libraries that it was linked with here, whatever the
-//! guest has itself. More files can be put beside it.
+//! guest has itself. More files can be put beside it, and the very test that is running: what it does in the guest is one of its
+//! functions that is ignored elsewhere.
 
 use super::cpio::Archive;
 use super::guest::folder;
@@ -45,15 +46,27 @@ impl Initrd {
     /// # Panics
     /// If something of it is not there.
     pub fn with_dray_and(files: &[(&str, &[u8])]) -> Self {
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let name = |what: &str| std::env::temp_dir().join(format!("dray-in-guest-{}-{number}{what}", std::process::id()));
-        let (stripped, file) = (name(".stripped"), name(".cpio"));
         let mut archive = Archive::default();
-        add_dray(&mut archive, &stripped);
-        let _gone = std::fs::remove_file(&stripped);
+        add_program(&mut archive, "dray", &binary());
         for (path, bytes) in files {
             archive.file(path, bytes.to_vec(), false);
         }
+        Self::of(&archive)
+    }
+
+    /// The guests' usual one, `dray`, and the running test as `/usr/bin/this-test`.
+    ///
+    /// # Panics
+    /// If something of it is not there.
+    pub fn with_dray_and_this_test() -> Self {
+        let mut archive = Archive::default();
+        add_program(&mut archive, "dray", &binary());
+        add_program(&mut archive, "this-test", &std::env::current_exe().expect("this test"));
+        Self::of(&archive)
+    }
+
+    fn of(archive: &Archive) -> Self {
+        let file = temporary(".cpio");
         let mut bytes = std::fs::read(folder().join("initrd.cpio")).expect("the guests' initial RAM disk");
         bytes.resize(bytes.len().next_multiple_of(4), 0);
         bytes.extend_from_slice(&archive.bytes());
@@ -73,18 +86,24 @@ impl Drop for Initrd {
     }
 }
 
-fn add_dray(archive: &mut Archive, stripped: &Path) {
-    let binary = binary();
+fn temporary(what: &str) -> PathBuf {
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    std::env::temp_dir().join(format!("dray-in-guest-{}-{number}{what}", std::process::id()))
+}
+
+fn add_program(archive: &mut Archive, called: &str, binary: &Path) {
+    let stripped = temporary(".stripped");
     // A guest has no use for its line tables, and little memory; without binutils it gets them all the same.
-    let strip = Command::new("strip").arg("--strip-debug").arg("-o").arg(stripped).arg(&binary).status();
-    let program = if strip.is_ok_and(|status| status.success()) { stripped } else { &binary };
-    archive.file(&format!("{PLACE}/dray"), std::fs::read(program).expect("dray"), true);
-    let (loader, libraries) = libraries(&binary);
+    let strip = Command::new("strip").arg("--strip-debug").arg("-o").arg(&stripped).arg(binary).status();
+    let program = if strip.is_ok_and(|status| status.success()) { stripped.as_path() } else { binary };
+    archive.file(&format!("{PLACE}/{called}"), std::fs::read(program).expect("a program"), true);
+    let _gone = std::fs::remove_file(&stripped);
+    let (loader, libraries) = libraries(binary);
     for library in std::iter::once(&loader).chain(&libraries) {
         archive.file(&format!("{PLACE}/lib/{}", name(library)), std::fs::read(library).expect("a library"), true);
     }
-    let run = format!("exec /{PLACE}/lib/{} --inhibit-cache --library-path /{PLACE}/lib /{PLACE}/dray \"$@\"", name(&loader));
-    archive.file("usr/bin/dray", format!("#!/bin/sh\n{run}\n").into_bytes(), true);
+    let run = format!("exec /{PLACE}/lib/{} --inhibit-cache --library-path /{PLACE}/lib /{PLACE}/{called} \"$@\"", name(&loader));
+    archive.file(&format!("usr/bin/{called}"), format!("#!/bin/sh\n{run}\n").into_bytes(), true);
 }
 
 fn name(path: &Path) -> String {

@@ -49,14 +49,14 @@ fn nsid(nsid: u32) -> String {
     if nsid > 0xffff { format!("{nsid:08X}h") } else { nsid.to_string() }
 }
 
-/// As nvme-cli: offsets, bytes, and what of them is printable.
+/// As nvme-cli: offsets, bytes, and what of them is printable, a space not being.
 fn dump(out: &mut String, bytes: &[u8]) -> std::fmt::Result {
     writeln!(out, "       0  1  2  3  4  5  6  7  8  9  a  b  c  d  e  f")?;
     for (row, bytes) in bytes.chunks(ROW).enumerate() {
         write!(out, "{:04x}:", row * ROW)?;
         bytes.iter().try_for_each(|byte| write!(out, " {byte:02x}"))?;
         write!(out, "{:1$} \"", "", 3 * (ROW - bytes.len()))?;
-        let printable = |byte: &u8| if (0x20..0x7f).contains(byte) { char::from(*byte) } else { '.' };
+        let printable = |byte: &u8| if (0x21..0x7f).contains(byte) { char::from(*byte) } else { '.' };
         bytes.iter().map(printable).for_each(|c| out.push(c));
         writeln!(out, "\"")?;
     }
@@ -116,12 +116,12 @@ mod tests {
     #[test]
     fn dumps_look_as_nvme_cli_makes_them() {
         let mut text = String::new();
-        let bytes: Vec<u8> = (0..20).map(|at| if at == 19 { b'z' } else { b'A' + at }).collect();
+        let bytes: Vec<u8> = (0..20).map(|at| if at == 19 { b' ' } else { b'A' + at }).collect();
         dump(&mut text, &bytes).expect("a string");
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines[0], "       0  1  2  3  4  5  6  7  8  9  a  b  c  d  e  f");
         assert_eq!(lines[1], "0000: 41 42 43 44 45 46 47 48 49 4a 4b 4c 4d 4e 4f 50 \"ABCDEFGHIJKLMNOP\"");
-        assert_eq!(lines[2], format!("0010: 51 52 53 7a{:36} \"QRSz\"", ""));
+        assert_eq!(lines[2], format!("0010: 51 52 53 20{:36} \"QRS.\"", ""));
         assert_eq!(lines.len(), 3);
         assert_eq!((nsid(1), nsid(u32::MAX)), ("1".into(), "FFFFFFFFh".into()));
     }
