@@ -2,7 +2,6 @@
 
 use super::admin::{Admin, namespace_device};
 use super::memory::GuestMemory;
-use crate::cli::passthru::in_use;
 use crate::config::Config;
 use crate::config::device::{Device, Iommu, Way};
 use crate::core::clock::Clock;
@@ -311,7 +310,7 @@ impl OpenDevice {
     fn nobody_uses(&self, nsid: u32, path: &Path) -> Result<(), DeviceError> {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let blocks = dray_driver::passthru::node::block_devices(&name, Path::new("/sys"));
-        let uses = in_use::uses(&blocks, Path::new("/sys"), Path::new("/proc"));
+        let uses = crate::cli::passthru::uses(&blocks);
         if uses.is_empty() { Ok(()) } else { Err(self.namespace_error(nsid, &format!("is in use: {}", uses.join(", ")))) }
     }
 }

@@ -94,15 +94,16 @@ impl Inventory {
         if !function.virtual_functions.is_empty() {
             uses.push(Use::VirtualFunctions(function.virtual_functions.len()));
         }
-        let mounts = self.mounts();
-        let swaps = self.swaps();
-        let root = self.root_of_kernel();
-        for disk in function.nvme.iter().flat_map(|nvme| &nvme.blocks) {
-            for block in self.with_partitions(&disk.name) {
-                uses.extend(self.uses_of(&block, &mounts, &swaps, root.as_deref()));
-            }
-        }
+        uses.extend(function.nvme.iter().flat_map(|nvme| &nvme.blocks).flat_map(|disk| self.uses_of_disk(&disk.name)));
         uses
+    }
+
+    /// What lives on a block device ("nvme0n1") and its partitions.
+    #[must_use]
+    pub fn uses_of_disk(&self, disk: &str) -> Vec<Use> {
+        let (mounts, swaps, root) = (self.mounts(), self.swaps(), self.root_of_kernel());
+        let blocks = self.with_partitions(disk).into_iter();
+        blocks.flat_map(|block| self.uses_of(&block, &mounts, &swaps, root.as_deref())).collect()
     }
 
     fn uses_of(&self, block: &str, mounts: &[Mount], swaps: &HashSet<String>, root: Option<&str>) -> Vec<Use> {

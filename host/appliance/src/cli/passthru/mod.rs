@@ -2,17 +2,16 @@
 
 mod arguments;
 mod danger;
-pub(crate) mod in_use;
 mod show;
 mod target;
 
 pub(crate) use arguments::PassthruArgs;
 
 use arguments::{Direction, Plan};
+use dray_device::pci::Inventory;
 use dray_device::passthru::Outcome;
 use miette::{IntoDiagnostic, WrapErr, miette};
 use std::io::Write;
-use std::path::Path;
 use std::process::ExitCode;
 use target::{Reply, Target};
 
@@ -67,7 +66,8 @@ fn refuse_what_is_in_use(plan: &Plan, target: &dyn Target) -> miette::Result<()>
 
 /// Who uses block devices ("nvme0n1") of this machine, in words.
 pub(crate) fn uses(blocks: &[String]) -> Vec<String> {
-    in_use::uses(blocks, Path::new("/sys"), Path::new("/proc"))
+    let inventory = Inventory::of_this_machine();
+    blocks.iter().flat_map(|block| inventory.uses_of_disk(block)).map(|one| one.to_string()).collect()
 }
 
 fn tell(args: &PassthruArgs, plan: &Plan, reply: &Reply) -> miette::Result<()> {
