@@ -111,8 +111,8 @@ impl Machine {
         self
     }
 
-    /// With programs of the host's in `/usr/bin`, which need no more libraries than the guest has: the usual RAM disk and they are written
-    /// to `file`.
+    /// With programs of the host's in `/usr/bin`, which need no more libraries than the guest has: the usual RAM disk and they
+    /// are written to `file`.
     pub fn programs(mut self, programs: &[&Path], file: &Path) -> Self {
         let mut bytes = std::fs::read(folder().join("initrd.cpio")).expect("the initial RAM disk");
         for program in programs {

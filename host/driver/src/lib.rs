@@ -4,8 +4,9 @@
 //! Asynchronous Event Requests, and creates queue pairs. [`QueuePair`] is the hot path: commands in, completions out, by
 //! polling, without allocation or lock; it implements the command seam. [`CdqOwner`] owns a controller data queue: creates it,
 //! hands out new entries by phase tag, gives slots back, arms the tail pointer trigger, and lends the queue to a second process
-//! ([`LentReader`] is that process's end). [`nvme_tcp`] drives remote controllers. [`mmc`] has the migration commands, [`quirks`] what is
-//! known of devices that deviate, [`namespace`] what is done to namespaces and who may write them, [`virtualization`] secondary controllers.
+//! ([`LentReader`] is that process's end). [`nvme_tcp`] drives remote controllers. [`mmc`] has the migration commands, [`quirks`]
+//! what is known of devices that deviate, [`namespace`] what is done to namespaces and who may write them, [`virtualization`]
+//! secondary controllers.
 //!
 //! Nothing here starts threads, sleeps or reads a clock: everything moves when it is polled, with the time as an argument. The
 //! device is not trusted: a command identifier, queue head or status that it made up, a completion that comes twice, a fatal
