@@ -373,6 +373,12 @@ impl AddressSpace {
         iova_in(&self.lock().table, segment)
     }
 
+    /// Whether both are the same space.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
     /// The number of changes so far; a driver that remembers addresses asks whether they still hold.
     #[must_use]
     pub fn generation(&self) -> u64 {

@@ -54,7 +54,7 @@ pub use error::{CdqError, DriverError, Fault};
 pub use lend::{LendError, LentCdq, LentReader};
 pub use pairs::PairTicket;
 pub use queue::QueuePair;
-pub use quirks::Quirks;
+pub use quirks::{CannotTrack, MigratableFunction, Quirks};
 
 #[cfg(all(test, loom))]
 mod loom_tests;
