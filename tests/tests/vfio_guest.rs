@@ -1,8 +1,8 @@
-//! Physical functions through VFIO, in a stock guest: QEMU's own NVMe controllers behind an emulated IOMMU, which nobody here wrote, and the
-//! `dray` binary inside. What VFIO needs of a kernel is not there where tests run, so this is where it is tried.
+//! Physical functions through VFIO, in a stock guest: QEMU's own NVMe controllers behind an emulated IOMMU, which nobody here
+//! wrote, and the `dray` binary inside. What VFIO needs of a kernel is not there where tests run, so this is where it is tried.
 //!
-//! Two boots: one machine with drives that are listed, taken, identified, formatted, exercised, given back and pulled out; one with a drive
-//! that has virtual functions.
+//! Two boots: one machine with drives that are listed, taken, identified, formatted, exercised, given back and pulled out; one
+//! with a drive that has virtual functions.
 
 use dray_tests::dray_in_guest::Initrd;
 use dray_tests::guest::{self, Guest, Machine, STEP, Trouble};
@@ -151,11 +151,11 @@ fn a_drive_is_taken_tried_given_back_and_pulled_out() {
         "-qmp",
         &format!("unix:{},server=on,wait=off", socket.display()),
         "-device",
-        "pcie-root-port,id=port,slot=1,chassis=1",
+        "pcie-root-port,id=rp,slot=1,chassis=1",
         "-drive",
         &format!("file={},if=none,id=disk,format=raw", file.display()),
         "-device",
-        "nvme,id=drive,serial=plain,drive=disk,bus=port",
+        "nvme,id=nv,serial=plain,drive=disk,bus=rp",
     ]);
     let mut guest = Guest::boot(&machine);
     // The kernel has it.
@@ -196,7 +196,7 @@ fn a_drive_is_taken_tried_given_back_and_pulled_out() {
     assert!(refused(&mut guest, &format!("device identify pci:{at}")).contains("in use by another process"));
     assert!(refused(&mut guest, &format!("device unbind {at}")).contains("in use by a program through VFIO"));
     // Pulled out: the kernel asks for it, the program leaves with an error, and the drive is gone.
-    Monitor::connect(&socket).ask("{\"execute\":\"device_del\",\"arguments\":{\"id\":\"drive\"}}");
+    Monitor::connect(&socket).ask("{\"execute\":\"device_del\",\"arguments\":{\"id\":\"nv\"}}");
     let said = end_exercise(&mut guest);
     assert!(said.contains("the kernel wants the device back"), "{said}");
     guest.run(&format!("await 60 test ! -e /sys/bus/pci/devices/{at}"));
@@ -214,13 +214,13 @@ fn virtual_functions_get_queues_and_interrupts_and_work() {
         "-device",
         "nvme-subsys,id=subsys,nqn=shared",
         "-device",
-        "pcie-root-port,id=port,slot=1,chassis=1",
+        "pcie-root-port,id=rp,slot=1,chassis=1",
         "-device",
-        "nvme,id=drive,serial=parent,subsys=subsys,bus=port,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
+        "nvme,id=nv,serial=parent,subsys=subsys,bus=rp,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
         "-drive",
         &format!("file={},if=none,id=disk,format=raw", file.display()),
         "-device",
-        "nvme-ns,drive=disk,bus=drive,nsid=1,shared=on",
+        "nvme-ns,drive=disk,bus=nv,nsid=1,shared=on",
     ]);
     let mut guest = Guest::boot(&machine);
     let physical = drive(&mut guest, "parent");

@@ -157,7 +157,7 @@ impl Subsystem {
                 namespace.uncommitted = false;
                 namespace.backing.commit();
             }
-            if namespace.pending == 0 {
+            if namespace.pending == 0 && !namespace.backing.wants_poll() {
                 continue;
             }
             let ended = &mut self.ended;

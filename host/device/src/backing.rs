@@ -100,6 +100,11 @@ pub trait Backing: Send {
     /// Operations under way.
     fn in_flight(&self) -> usize;
 
+    /// Whether the backing wants to be polled although nothing is under way: it has to let go of something.
+    fn wants_poll(&self) -> bool {
+        false
+    }
+
     /// Whether nothing but [`poll`](Self::poll) tells that an operation has ended: while one is under way nobody may sleep.
     fn is_polled_only(&self) -> bool {
         false

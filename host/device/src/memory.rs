@@ -211,8 +211,9 @@ impl Arena {
         Ok(Arc::new(arena))
     }
 
-    /// Maps a part of a device's BAR, at an offset in the device's file that is a multiple of [`PAGE`]. A device that goes away takes it
-    /// along: an access finds zeroes then, and makes the arena [broken](Self::is_broken). Only its 32-bit words are accessed.
+    /// Maps a part of a device's BAR, at an offset in the device's file that is a multiple of [`PAGE`]. A device that goes away
+    /// takes it along: an access finds zeroes then, and makes the arena [broken](Self::is_broken). Only its 32-bit words are
+    /// accessed.
     ///
     /// # Errors
     /// [`MemoryError`].

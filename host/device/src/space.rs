@@ -135,7 +135,8 @@ impl State {
         let len = len.checked_next_multiple_of(PAGE as u64)?;
         let everything = [FIRST_IOVA..=self.limit.saturating_sub(1)];
         let windows = if self.windows.is_empty() { &everything[..] } else { &self.windows };
-        // Spaces of few bits may have nothing above 4 GiB; a device that sees no more is given what is below, but for the first pages.
+        // Spaces of few bits may have nothing above 4 GiB; a device that sees no more is given what is below, but for the first
+        // pages.
         let above = |floor: u64| windows.iter().find_map(move |window| self.free_in(window, floor, len));
         above(FIRST_IOVA).or_else(|| above(IOVA_ALIGN))
     }
@@ -308,8 +309,8 @@ impl AddressSpace {
         Ok(Unmapping { generation, readers })
     }
 
-    /// Takes the mappings that begin at any of `iovas`, which are sorted, away at once: as [`unmap`](Self::unmap), at the price of
-    /// one. Addresses where nothing begins are passed over.
+    /// Takes the mappings that begin at any of `iovas`, which are sorted, away at once: as [`unmap`](Self::unmap), at the price
+    /// of one. Addresses where nothing begins are passed over.
     pub fn unmap_many(&self, iovas: &[u64]) -> Unmapping {
         let mut state = self.lock();
         let (gone, mappings): (Vec<_>, Vec<_>) =
@@ -370,6 +371,12 @@ impl AddressSpace {
     #[must_use]
     pub fn iova_of(&self, segment: &Segment<'_>) -> Option<u64> {
         iova_in(&self.lock().table, segment)
+    }
+
+    /// Whether both are the same space.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
     }
 
     /// The number of changes so far; a driver that remembers addresses asks whether they still hold.

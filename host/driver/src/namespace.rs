@@ -90,7 +90,8 @@ fn nothing(_: &AdminAnswer) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Formats a namespace: all its data is gone. It can take hours; [`DriverConfig::admin_timeout_ms`](crate::DriverConfig) is its bound.
+/// Formats a namespace: all its data is gone. It can take hours; [`DriverConfig::admin_timeout_ms`](crate::DriverConfig) is its
+/// bound.
 ///
 /// # Errors
 /// [`SubmitError`].
@@ -243,8 +244,8 @@ pub enum StateError {
     Space(#[from] SpaceError),
 }
 
-/// Asks for a namespace's state: Identify, then, where the namespace has reservations, a report through an I/O queue of the caller's that has
-/// nothing else under way.
+/// Asks for a namespace's state: Identify, then, where the namespace has reservations, a report through an I/O queue of the
+/// caller's that has nothing else under way.
 #[derive(Debug)]
 pub struct StateProbe {
     nsid: u32,

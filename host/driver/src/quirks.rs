@@ -4,6 +4,7 @@
 //! non-zero status field as an error. A [`Quirks`] tells the migration what it must not rely on. Some deviations hide a change
 //! ([`Quirks::hides_changes`]): a migration from such a device ends with a compare of everything while suspended.
 
+use dray_device::space::AddressSpace;
 use dray_nvme::identify::IdentifyController;
 
 /// Deviations of one device model. All false: it does what the specification says, and has been tested.
@@ -45,6 +46,34 @@ pub struct Quirks {
     pub statuses_differ: bool,
     /// Track Send and Receive of memory changes fail.
     pub no_memory_tracking: bool,
+    /// Entries of the UDMQ are written through the migratable controller's PCI function: the queue must be mapped for both.
+    pub writes_queue_through_migratable: bool,
+}
+
+/// Who has the PCI function of a migratable controller.
+#[derive(Clone, Copy, Debug)]
+pub enum MigratableFunction<'a> {
+    /// This process, in this I/O address space.
+    Ours(&'a AddressSpace),
+    /// Another process (a VM manager, the kernel): nothing of ours is mapped for it.
+    Another,
+}
+
+/// Why a drive cannot track a migratable controller as it is set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CannotTrack {
+    /// Nobody here can map the queue for that function.
+    #[error(
+        "the drive writes its controller data queue through the migratable function, which another process owns: it cannot be tracked \
+         (let a software controller serve the namespace, and track there)"
+    )]
+    OwnedByAnother,
+    /// It is in another I/O address space than the queue.
+    #[error(
+        "the drive writes its controller data queue through the migratable function, which is in another I/O address space than the \
+         management controller: give both devices the same `space` in the configuration"
+    )]
+    OtherSpace,
 }
 
 impl Quirks {
@@ -81,6 +110,21 @@ impl Quirks {
             resume_skips_admin_queue: true,
             statuses_differ: true,
             no_memory_tracking: true,
+            writes_queue_through_migratable: true,
+        }
+    }
+
+    /// Whether the drive can track a migratable controller whose queue is in `management`, the I/O address space of the management
+    /// controller. To be asked before anything is started: entries that an IOMMU stops are lost without a word.
+    ///
+    /// # Errors
+    /// [`CannotTrack`].
+    pub fn may_track(&self, management: &AddressSpace, migratable: MigratableFunction<'_>) -> Result<(), CannotTrack> {
+        match migratable {
+            _ if !self.writes_queue_through_migratable => Ok(()),
+            MigratableFunction::Ours(space) if space.is(management) => Ok(()),
+            MigratableFunction::Ours(_) => Err(CannotTrack::OtherSpace),
+            MigratableFunction::Another => Err(CannotTrack::OwnedByAnother),
         }
     }
 
@@ -124,5 +168,16 @@ mod tests {
         let qemu = Quirks::for_device(&identify);
         assert!(qemu.hides_changes() && !qemu.untested);
         assert!(qemu.hiding().any(|name| name == "copy-not-logged"));
+    }
+
+    #[test]
+    fn a_queue_behind_another_functions_domain_is_refused() {
+        let (ours, other) = (AddressSpace::default(), AddressSpace::default());
+        let through = Quirks::qemu();
+        assert_eq!(through.may_track(&ours, MigratableFunction::Ours(&ours.clone())), Ok(()));
+        assert_eq!(through.may_track(&ours, MigratableFunction::Ours(&other)), Err(CannotTrack::OtherSpace));
+        let refused = through.may_track(&ours, MigratableFunction::Another).expect_err("another's");
+        assert!(refused.to_string().contains("another process owns"), "{refused}");
+        assert_eq!(Quirks::default().may_track(&ours, MigratableFunction::Another), Ok(()), "as the specification says");
     }
 }

@@ -1,8 +1,8 @@
 //! Secondary controllers: which resources a primary controller can hand out, and in which steps they get them (Base 2.3 §8.2.6).
 //!
-//! A plan is made out of what the controller says ([`plan`]) and is a list of commands; who sends them (this driver, or the kernel's
-//! through its passthrough) is the caller's. Secondary controllers go offline when their primary one is reset or disabled: whoever
-//! drives it must stay.
+//! A plan is made out of what the controller says ([`plan`]) and is a list of commands; who sends them (this driver, or the
+//! kernel's through its passthrough) is the caller's. Secondary controllers go offline when their primary one is reset or
+//! disabled: whoever drives it must stay.
 
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::identify::SecondaryController;
@@ -42,7 +42,8 @@ pub enum PlanError {
 /// What each secondary controller gets, and the commands for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// Flexible resources that the primary controller gives back first, which takes effect with its next reset: kind, how many it keeps.
+    /// Flexible resources that the primary controller gives back first, which takes effect with its next reset: kind, how many it
+    /// keeps.
     pub primary: Vec<(ResourceType, u16)>,
     /// The secondary controllers, by their virtual function's number.
     pub secondaries: Vec<Share>,
@@ -152,8 +153,8 @@ pub fn take_all(secondaries: &[SecondaryController]) -> Vec<Step> {
     steps
 }
 
-/// Shares the primary controller's flexible resources out to its first `count` secondary controllers, evenly. What other secondary
-/// controllers hold stays theirs.
+/// Shares the primary controller's flexible resources out to its first `count` secondary controllers, evenly. What other
+/// secondary controllers hold stays theirs.
 ///
 /// # Errors
 /// [`PlanError`].

@@ -14,8 +14,8 @@
 //! ("NVMCS"). A builder's data pointer is zero unless it takes one; the command identifier is the queue's to set.
 //!
 //! **What it does not do yet.** Command sets other than NVM (opcodes and structures of ZNS and KV);
-//! Identify Namespace NVM (CNS 05h, needed by extended LBA formats only); reservations but for their report, directives, security and
-//! firmware commands; the contents of CMB, PMR and boot-partition registers. Checks that need a controller's limits
+//! Identify Namespace NVM (CNS 05h, needed by extended LBA formats only); reservations but for their report, directives, security
+//! and firmware commands; the contents of CMB, PMR and boot-partition registers. Checks that need a controller's limits
 //! (MDTS, MQES, namespace size) belong to the driver and to the controller, not here.
 //!
 //! **Where to start reading.** [`command`] for the two queue entries, [`status`] for what comes back, then [`cdq`] and

@@ -1,7 +1,7 @@
 //! Virtualization enhancements: primary controller capabilities, Virtualization Management (Base 2.3 §5.2.7 of PCIe, §8.2.6).
 //!
-//! A primary controller (a physical function) has flexible queue (VQ) and interrupt (VI) resources that it can hand to its secondary
-//! controllers (virtual functions), which go online with them.
+//! A primary controller (a physical function) has flexible queue (VQ) and interrupt (VI) resources that it can hand to its
+//! secondary controllers (virtual functions), which go online with them.
 
 use crate::command::{AdminOpcode, SubmissionEntry};
 use bitfield_struct::bitfield;

@@ -217,7 +217,8 @@ enum DeviceCommand {
         `dray device identify pci:0000:01:00.0` at the drive that is bound to vfio-pci. It is reset and \
         brought up for that, and shut down again: it must be nobody else's.")]
     Identify {
-        /// SUBSYSTEM:CNTLID, as `dray device list` shows them, vfio-user:PATH for an NVMe controller behind that socket, or pci:ADDRESS
+        /// SUBSYSTEM:CNTLID, as `dray device list` shows them, vfio-user:PATH for an NVMe controller behind that socket, or
+        /// pci:ADDRESS
         device: String,
         #[command(flatten)]
         pci: device::PciArgs,

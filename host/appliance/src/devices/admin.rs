@@ -34,8 +34,8 @@ pub(super) enum Admin {
     Function(Box<Driver>, Arc<VfioFunction>),
     Tcp(Box<TcpInitiator>, SocketAddr),
     Kernel(Box<PassthruAdmin>, PathBuf),
-    /// Closed.
-    Gone,
+    /// Closed, and why.
+    Gone(String),
 }
 
 impl Admin {
@@ -85,13 +85,13 @@ impl Admin {
             Self::Function(driver, _) => _ = driver.poll(now),
             Self::Tcp(initiator, _) => _ = initiator.poll(now),
             Self::Kernel(admin, _) => _ = admin.poll(now),
-            Self::Gone => {}
+            Self::Gone(_) => {}
         }
         // Nobody asks for events yet: they are taken, so that others can come.
         match self {
             Self::Function(driver, _) => while driver.next_event().is_some() {},
             Self::Tcp(initiator, _) => while initiator.next_event().is_some() {},
-            Self::Kernel(..) | Self::Gone => {}
+            Self::Kernel(..) | Self::Gone(_) => {}
         }
     }
 
@@ -100,7 +100,7 @@ impl Admin {
             Self::Function(driver, _) => driver.is_ready(),
             Self::Tcp(initiator, _) => initiator.is_ready(),
             Self::Kernel(..) => true,
-            Self::Gone => false,
+            Self::Gone(_) => false,
         }
     }
 
@@ -116,7 +116,7 @@ impl Admin {
                 _ => None,
             },
             Self::Kernel(admin, _) => admin.fault().map(|fault| fault.to_string()),
-            Self::Gone => Some("it is closed".into()),
+            Self::Gone(why) => Some(why.clone()),
         }
     }
 
@@ -149,7 +149,7 @@ impl Admin {
             Self::Function(driver, _) => driver.request(now, entry, data),
             Self::Tcp(initiator, _) => initiator.request(now, entry, data),
             Self::Kernel(admin, _) => admin.request(now, entry, data),
-            Self::Gone => Err(SubmitError::Dead),
+            Self::Gone(_) => Err(SubmitError::Dead),
         }
     }
 
@@ -158,7 +158,7 @@ impl Admin {
             Self::Function(driver, _) => driver.answer(ticket),
             Self::Tcp(initiator, _) => initiator.answer(ticket),
             Self::Kernel(admin, _) => admin.answer(ticket),
-            Self::Gone => None,
+            Self::Gone(_) => None,
         }
     }
 
@@ -188,7 +188,7 @@ impl Admin {
             Self::Function(driver, _) => driver.identify(),
             Self::Tcp(initiator, _) => initiator.identify(),
             Self::Kernel(admin, _) => Some(admin.identify()),
-            Self::Gone => None,
+            Self::Gone(_) => None,
         }
     }
 
@@ -205,7 +205,7 @@ impl Admin {
                 self.connection(name, address, clock)
             }
             Self::Kernel(_, path) => kernel_queue(name, path, nsid),
-            Self::Gone => Err(DeviceError::failed(name, &"it is closed")),
+            Self::Gone(why) => Err(DeviceError::failed(name, why)),
         }
     }
 
@@ -241,8 +241,17 @@ impl Admin {
     }
 
     /// Closes whatever is open of it.
-    pub(super) fn let_go(&mut self) {
-        *self = Self::Gone;
+    pub(super) fn let_go(&mut self, why: &str) {
+        *self = Self::Gone(why.to_owned());
+    }
+
+    /// Whether the device is gone, or wanted by the kernel: then everything of it has to be let go.
+    pub(super) fn leaves(&self) -> Option<&'static str> {
+        match self {
+            Self::Function(_, function) if function.is_gone() => Some("it was pulled out"),
+            Self::Function(_, function) if function.asked_to_leave() => Some("the kernel has asked for it back"),
+            _ => None,
+        }
     }
 
     /// Lets go of the controller: shut down where it is ours.
@@ -261,7 +270,7 @@ impl Admin {
                 // The association ends with it, which is what it is told for.
                 self.until(name, "shutting down", clock, |admin, _| admin.failure().map(drop))
             }
-            Self::Kernel(..) | Self::Gone => Ok(()),
+            Self::Kernel(..) | Self::Gone(_) => Ok(()),
         };
         if let Err(error) = ended {
             tracing::warn!("{error}");

@@ -21,6 +21,10 @@ pub struct DeviceBacking {
     // Goes before the device does.
     inner: Option<CommandBacking>,
     bounce: Option<u64>,
+    info: BackingInfo,
+    write_protected: bool,
+    write_uncorrectable: bool,
+    nsid: u32,
     /// By the clock of whoever polls it.
     last: Time,
     device: Arc<OpenDevice>,
@@ -40,7 +44,9 @@ impl DeviceBacking {
         }
         let (inner, bounce) = made?;
         device.used_by(inner.uses_memory());
-        Ok(Self { inner: Some(inner), bounce, last: Time::default(), device })
+        let (write_protected, write_uncorrectable) = (config.write_protected, config.write_uncorrectable);
+        let (info, last) = (inner.info(), Time::default());
+        Ok(Self { inner: Some(inner), bounce, info, write_protected, write_uncorrectable, nsid, last, device })
     }
 
     fn over(
@@ -67,8 +73,7 @@ impl DeviceBacking {
 
 impl Backing for DeviceBacking {
     fn info(&self) -> BackingInfo {
-        let nothing = BackingInfo { block_bytes: 512, blocks: 0, volatile_cache: false, deallocated_reads_zero: false };
-        self.inner.as_ref().map_or(nothing, Backing::info)
+        self.info
     }
 
     fn submit(&mut self, request: &BackingRequest<'_>) -> Submitted {
@@ -76,11 +81,11 @@ impl Backing for DeviceBacking {
     }
 
     fn is_write_protected(&self) -> bool {
-        self.inner.as_ref().is_some_and(Backing::is_write_protected)
+        self.write_protected
     }
 
     fn can_write_uncorrectable(&self) -> bool {
-        self.inner.as_ref().is_some_and(Backing::can_write_uncorrectable)
+        self.write_uncorrectable
     }
 
     fn commit(&mut self) {
@@ -91,7 +96,16 @@ impl Backing for DeviceBacking {
 
     fn poll(&mut self, now: Time, done: &mut dyn FnMut(u64, Status)) -> usize {
         self.last = now;
-        self.inner().map_or(0, |inner| inner.poll(now, done))
+        let count = self.inner().map_or(0, |inner| inner.poll(now, done));
+        if self.wants_poll() && self.in_flight() == 0 {
+            // The queue holds the device, which somebody waits for.
+            self.inner = None;
+        }
+        count
+    }
+
+    fn wants_poll(&self) -> bool {
+        self.inner.is_some() && self.device.is_lost()
     }
 
     fn in_flight(&self) -> usize {
@@ -119,12 +133,10 @@ impl Drop for DeviceBacking {
             inner.poll(self.last.after_us(u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX)), &mut |_, _| ());
             std::thread::yield_now();
         }
-        let nsid = self.inner.take().map(|inner| inner.nsid());
+        self.inner = None;
         if let (Some(space), Some(iova)) = (self.device.space(), self.bounce) {
             let _ended = space.unmap(iova);
         }
-        if let Some(nsid) = nsid {
-            self.device.give_back(nsid);
-        }
+        self.device.give_back(self.nsid);
     }
 }

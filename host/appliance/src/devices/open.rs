@@ -74,6 +74,8 @@ struct Shared {
     memory: GuestMemory,
     space: Option<AddressSpace>,
     stop: AtomicBool,
+    /// The device is gone, or has to be given away: nothing of it may be held.
+    lost: AtomicBool,
 }
 
 impl Shared {
@@ -171,6 +173,7 @@ impl OpenDevice {
             memory: GuestMemory::default(),
             space: memory,
             stop: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
             clock,
             name,
         });
@@ -205,6 +208,12 @@ impl OpenDevice {
     #[must_use]
     pub fn space(&self) -> Option<&AddressSpace> {
         self.shared.space.as_ref()
+    }
+
+    /// Whether it is gone for good.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.shared.lost.load(Ordering::Acquire)
     }
 
     /// Why it does not work any more.
@@ -318,7 +327,15 @@ impl OpenDevice {
 /// The device's thread.
 fn tend(shared: &Shared) {
     while !shared.stop.load(Ordering::Acquire) {
-        shared.admin().poll(shared.clock.now());
+        let mut admin = shared.admin();
+        admin.poll(shared.clock.now());
+        if let Some(why) = admin.leaves() {
+            tracing::error!("device \"{}\" is lost: {why}", shared.name);
+            // Its queues die with the driver; what was under way comes back as an error, and backings let go of them.
+            admin.let_go(why);
+            shared.lost.store(true, Ordering::Release);
+        }
+        drop(admin);
         if let Some(space) = &shared.space {
             shared.memory.work(space);
         }
@@ -348,7 +365,7 @@ impl Drop for OpenDevice {
             // The function has to be closed before its driver can have it again.
             if let Some(shared) = Arc::get_mut(&mut self.shared) {
                 let admin = shared.admin.get_mut().unwrap_or_else(PoisonError::into_inner);
-                admin.let_go();
+                admin.let_go("it is closed");
                 shared.space = None;
             }
             unbind(&self.shared.name, self.bound);

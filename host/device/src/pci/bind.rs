@@ -1,7 +1,7 @@
 //! Giving a function to vfio-pci, giving it back, and its virtual functions.
 
 use super::address::PciAddress;
-use super::inventory::{Inventory, PciFunction};
+use super::inventory::{Inventory, PciFunction, read};
 use super::usage::Use;
 use rustix::fs::{Mode, OFlags};
 use std::io;
@@ -212,9 +212,14 @@ impl Inventory {
             self.put(&folder.join("sriov_numvfs"), "0")?;
         }
         if count != 0 {
-            // Without queues, the kernel's driver would only fail with them.
-            self.put(&folder.join("sriov_drivers_autoprobe"), "0")?;
-            self.put(&folder.join("sriov_numvfs"), &count.to_string())?;
+            // Without queues, the kernel's driver would only fail with them. Later, when somebody gives them to it, it may look
+            // at them.
+            let autoprobe = folder.join("sriov_drivers_autoprobe");
+            let before = read(&autoprobe).unwrap_or_else(|_| "1".into());
+            self.put(&autoprobe, "0")?;
+            let made = self.put(&folder.join("sriov_numvfs"), &count.to_string());
+            self.put(&autoprobe, &before)?;
+            made?;
         }
         let function = self.existing(address)?;
         if function.virtual_functions.len() != usize::from(count) {
@@ -307,6 +312,6 @@ mod tests {
         tree.put(DRIVE, "sriov_drivers_autoprobe", "1\n");
         let error = tree.live().set_virtual_functions(address(), 2).expect_err("this kernel makes none");
         assert!(error.to_string().contains("0 are there"), "{error}");
-        assert_eq!(tree.read(DRIVE, "sriov_drivers_autoprobe"), "0", "before they come");
+        assert_eq!(tree.read(DRIVE, "sriov_drivers_autoprobe"), "1", "as before they came");
     }
 }

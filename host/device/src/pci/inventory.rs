@@ -194,8 +194,8 @@ impl Inventory {
         Ok(members)
     }
 
-    /// Other functions of its group that keep it from VFIO, each with its driver: those with a driver of the kernel that uses DMA. Bridges
-    /// (pcieport) and functions without driver do not.
+    /// Other functions of its group that keep it from VFIO, each with its driver: those with a driver of the kernel that uses
+    /// DMA. Bridges (pcieport) and functions without driver do not.
     #[must_use]
     pub fn keep_group_from_vfio(&self, function: &PciFunction) -> Vec<String> {
         let members = function.group.and_then(|group| self.group(group).ok()).unwrap_or_default();

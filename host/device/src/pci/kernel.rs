@@ -38,8 +38,8 @@ const _: () = assert!(size_of::<Passthrough>() == 72);
 /// NVME_IOCTL_ADMIN_CMD.
 struct AdminCommand<'a>(&'a mut Passthrough);
 
-// SAFETY: the argument is the structure that the request reads and writes; what it points at is valid for as long as the call lasts, by the
-// only place that makes one.
+// SAFETY: the argument is the structure that the request reads and writes; what it points at is valid for as long as the call
+// lasts, by the only place that makes one.
 unsafe impl Ioctl for AdminCommand<'_> {
     type Output = i32;
     const IS_MUTATING: bool = true;
@@ -72,8 +72,8 @@ impl KernelController {
         Ok(Self { file: File::open(Path::new("/dev").join(name))? })
     }
 
-    /// Sends an admin command whose data goes from the controller into `data`, or from there to the controller, as its opcode says. The
-    /// controller's status and the result; the kernel waits for `timeout_ms`.
+    /// Sends an admin command whose data goes from the controller into `data`, or from there to the controller, as its opcode
+    /// says. The controller's status and the result; the kernel waits for `timeout_ms`.
     ///
     /// # Errors
     /// The kernel's: the controller is not live, or has gone.

@@ -111,7 +111,8 @@ impl Drop for Tree {
     }
 }
 
-/// What the kernel does: an unbind takes the driver away, a probe gives the one that may have it. vfio-pci refuses functions without group.
+/// What the kernel does: an unbind takes the driver away, a probe gives the one that may have it. vfio-pci refuses functions
+/// without group.
 fn kernel(root: &Path, path: &Path, text: &str) {
     // A file of sysfs has what was written last, however long the text before it was.
     fs::write(path, text).expect("file");

@@ -59,7 +59,8 @@ impl MapFollower for DmaFollower {
 
     fn unmapped(&mut self, mapping: &Mapping) {
         if let Err(error) = self.0.unmap(mapping) {
-            // Devices may go on accessing it. Nothing can be taken back here: the memory is kept for good, so that it becomes nobody else's.
+            // Devices may go on accessing it. Nothing can be taken back here: the memory is kept for good, so that it becomes
+            // nobody else's.
             std::mem::forget(mapping.memory.clone());
             let iova = mapping.iova;
             tracing::error!(%error, "DMA mapping {iova:#x} could not be taken away; its memory is kept");

@@ -50,8 +50,8 @@ pub struct VfioFunction {
 }
 
 impl VfioFunction {
-    /// Opens a function that is bound to vfio-pci, in that I/O address space: registers and doorbells are mapped where the kernel allows
-    /// it, the vectors are set up, and it may access memory.
+    /// Opens a function that is bound to vfio-pci, in that I/O address space: registers and doorbells are mapped where the kernel
+    /// allows it, the vectors are set up, and it may access memory.
     ///
     /// # Errors
     /// [`VfioError`].
@@ -134,15 +134,15 @@ impl VfioFunction {
         self.lines.len()
     }
 
-    /// Whether the function has been seen to be gone: an access to its mapped registers faulted, or all of them read ones. Costs a
-    /// few loads; [`look`](Self::look) finds out.
+    /// Whether the function has been seen to be gone: an access to its mapped registers faulted, or all of them read ones. Costs
+    /// a few loads; [`look`](Self::look) finds out.
     #[must_use]
     pub fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Relaxed) || self.areas.iter().any(|(_, arena)| arena.is_broken())
     }
 
-    /// Whether the kernel has asked for the device back (it is unplugged, unbound, or its slot powered off). It waits until everything
-    /// of this function is dropped, and asks again every now and then.
+    /// Whether the kernel has asked for the device back (it is unplugged, unbound, or its slot powered off). It waits until
+    /// everything of this function is dropped, and asks again every now and then.
     #[must_use]
     pub fn asked_to_leave(&self) -> bool {
         if self.leave.as_ref().is_some_and(|line| line.take() > 0) {
@@ -157,7 +157,8 @@ impl VfioFunction {
         self.leave.as_ref()
     }
 
-    /// Whether the device has reported an error on its link since this was asked last (PCIe advanced error reporting): a reset of it may help.
+    /// Whether the device has reported an error on its link since this was asked last (PCIe advanced error reporting): a reset of
+    /// it may help.
     #[must_use]
     pub fn reported_error(&self) -> bool {
         self.error.as_ref().is_some_and(|line| line.take() > 0)
@@ -314,8 +315,8 @@ impl Function for VfioFunction {
 
 impl Drop for VfioFunction {
     fn drop(&mut self) {
-        // No DMA any more, whatever the controller was doing: memory that is freed after this is written by nobody. Each may fail with a
-        // device that has gone, which does none either; closing the device is the kernel's own end of the same.
+        // No DMA any more, whatever the controller was doing: memory that is freed after this is written by nobody. Each may fail
+        // with a device that has gone, which does none either; closing the device is the kernel's own end of the same.
         let _gone = self.set_bus_master(false);
         if self.can_reset && !self.is_gone() {
             let _gone = sys::number(self.device.as_fd(), sys::DEVICE_RESET, 0);

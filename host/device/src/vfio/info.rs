@@ -1,4 +1,5 @@
-//! What the kernel says of regions, of the IOMMU and of configuration space, read from bytes: pure functions, that trust none of them.
+//! What the kernel says of regions, of the IOMMU and of configuration space, read from bytes: pure functions, that trust none of
+//! them.
 
 use crate::memory::PAGE;
 use std::ops::RangeInclusive;
@@ -33,8 +34,8 @@ fn word64(bytes: &[u8], at: usize) -> Option<u64> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Broken;
 
-/// The capability of that identifier behind the structure of `fixed` bytes: what follows its header. `first` is where the chain begins,
-/// 0 = there is none.
+/// The capability of that identifier behind the structure of `fixed` bytes: what follows its header. `first` is where the chain
+/// begins, 0 = there is none.
 fn capability(bytes: &[u8], fixed: usize, first: u32, id: u32) -> Result<Option<&[u8]>, Broken> {
     let mut at = first as usize;
     for _ in 0..MAX_CAPABILITIES {

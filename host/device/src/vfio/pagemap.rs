@@ -1,9 +1,9 @@
 //! Physical addresses out of `/proc/self/pagemap`, for a device without an IOMMU.
 //!
-//! A device that sees physical addresses cannot be told that memory is somewhere else: what it is given must lie as it is mapped, one
-//! address after the other. Pages of 2 MiB do, ordinary ones by chance only, so memory of several pages must be made of huge ones, and a
-//! piece must not be larger than one. Ordinary memory is moved by the kernel when it likes, locked or not; huge pages are not, in
-//! practice. That is what "unsafe" means, besides that such a device can write everywhere.
+//! A device that sees physical addresses cannot be told that memory is somewhere else: what it is given must lie as it is mapped,
+//! one address after the other. Pages of 2 MiB do, ordinary ones by chance only, so memory of several pages must be made of huge
+//! ones, and a piece must not be larger than one. Ordinary memory is moved by the kernel when it likes, locked or not; huge pages
+//! are not, in practice. That is what "unsafe" means, besides that such a device can write everywhere.
 
 use crate::memory::PAGE;
 use std::fs::File;

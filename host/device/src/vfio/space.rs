@@ -21,8 +21,8 @@ const ADDRESS_BITS: u32 = 63;
 /// Most bytes of a description of type1.
 const MAX_INFO_BYTES: u32 = 64 << 10;
 
-/// An I/O address space: the addresses that the functions in it use, and the memory behind them. Groups that have joined stay until it
-/// is dropped, functions come and go.
+/// An I/O address space: the addresses that the functions in it use, and the memory behind them. Groups that have joined stay
+/// until it is dropped, functions come and go.
 #[derive(Debug)]
 pub struct VfioSpace {
     choice: IommuChoice,

@@ -1,7 +1,7 @@
 //! The system calls of VFIO and iommufd, each with the structure that the kernel expects.
 //!
-//! Structures are byte-for-byte those of `linux/vfio.h` and `linux/iommufd.h`; every one that goes through [`call`] begins with its own
-//! size, which is written here, so that the kernel never reads or writes past it.
+//! Structures are byte-for-byte those of `linux/vfio.h` and `linux/iommufd.h`; every one that goes through [`call`] begins with
+//! its own size, which is written here, so that the kernel never reads or writes past it.
 #![allow(unsafe_code)]
 
 use crate::memory::DmaBuffer;
@@ -168,8 +168,8 @@ pub(super) fn device_of_group(group: BorrowedFd<'_>, name: &CStr) -> io::Result<
     Ok(fd)
 }
 
-/// VFIO_DEVICE_SET_IRQS with eventfds for the vectors from 0 on; none switch the index off. Returns how many vectors there could be
-/// where the kernel has fewer (0 = done).
+/// VFIO_DEVICE_SET_IRQS with eventfds for the vectors from 0 on; none switch the index off. Returns how many vectors there could
+/// be where the kernel has fewer (0 = done).
 pub(super) fn set_irqs(device: BorrowedFd<'_>, index: u32, lines: &[BorrowedFd<'_>]) -> io::Result<usize> {
     let data = if lines.is_empty() { uapi::VFIO_IRQ_SET_DATA_NONE } else { uapi::VFIO_IRQ_SET_DATA_EVENTFD };
     let flags = data | uapi::VFIO_IRQ_SET_ACTION_TRIGGER;
@@ -191,8 +191,8 @@ pub(super) fn bind_iommufd(device: BorrowedFd<'_>, iommufd: BorrowedFd<'_>, toke
     call_bytes(device, DEVICE_BIND_IOMMUFD, &mut bind.as_mut_bytes()[..len]).map(drop)
 }
 
-/// The address and the length that the kernel is told of a mapping: whole pages. The last page of an arena is mapped as a whole, whatever
-/// the arena has of it.
+/// The address and the length that the kernel is told of a mapping: whole pages. The last page of an arena is mapped as a whole,
+/// whatever the arena has of it.
 fn pages(memory: &DmaBuffer) -> (u64, u64) {
     let address = memory.arena().address(memory.offset(), memory.len()) as u64;
     (address, whole_pages(memory.len() as u64))

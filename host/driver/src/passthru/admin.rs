@@ -8,6 +8,7 @@ use super::{PassthruConfig, belongs_to_the_kernel, completion};
 use crate::admin::{AdminAnswer, AdminData, MAX_ADMIN_DATA, Ticket};
 use crate::requests::Requests;
 use dray_device::command::SubmitError;
+use dray_device::memory::Pages;
 use dray_device::passthru::{Bounds, CarrierOptions, Channel, HostFault, Outcome, PassthruRing, Request, UringCommand, ring};
 use dray_device::poll::Time;
 use dray_nvme::command::SubmissionEntry;
@@ -65,7 +66,7 @@ impl PassthruAdmin {
         let ring = ring.map_err(|source| PassthruError::Setup { path: node.path.clone(), source })?;
         Ok(Self {
             ring,
-            requests: Requests::new("dray-passthru-admin", depth as usize)?,
+            requests: Requests::new("dray-passthru-admin", depth as usize, Pages::Small)?,
             limit: IDENTIFY_BYTES,
             timeout_ms: config.timeout_ms,
             path: node.path,

@@ -27,8 +27,8 @@ struct Listed<'a> {
     moved_to: Option<String>,
 }
 
-/// Lists all controllers and namespaces of the configuration, and the machine's NVMe functions. Without the file the machine's are listed
-/// alone.
+/// Lists all controllers and namespaces of the configuration, and the machine's NVMe functions. Without the file the machine's
+/// are listed alone.
 pub(in super::super) fn run(config: &Path, as_json: bool) -> miette::Result<ExitCode> {
     let followed = if config.exists() { Some(Followed::read(config)?) } else { None };
     let mut listed = Vec::new();

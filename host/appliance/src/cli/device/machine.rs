@@ -22,8 +22,8 @@ pub(super) struct Found {
     identify: Result<Box<IdentifyController>, String>,
 }
 
-/// All NVMe functions. Those that a driver of the kernel has are asked through it; those that vfio-pci has and nobody uses are brought up for
-/// it, and shut down again.
+/// All NVMe functions. Those that a driver of the kernel has are asked through it; those that vfio-pci has and nobody uses are
+/// brought up for it, and shut down again.
 pub(super) fn gather() -> std::io::Result<Vec<Found>> {
     let inventory = Inventory::of_this_machine();
     let functions = inventory.nvme_functions()?;

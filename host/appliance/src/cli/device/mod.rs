@@ -1,6 +1,6 @@
-//! `dray device …`. `list` and `identify` bring the configuration's controllers up in this process and ask them by our own driver what
-//! they are; physical functions are listed ([`machine`]), taken from the kernel and given back ([`bind`]), opened through VFIO
-//! ([`physical`]), formatted, tried ([`exercise`]) and given virtual functions ([`vfs`]).
+//! `dray device …`. `list` and `identify` bring the configuration's controllers up in this process and ask them by our own driver
+//! what they are; physical functions are listed ([`machine`]), taken from the kernel and given back ([`bind`]), opened through
+//! VFIO ([`physical`]), formatted, tried ([`exercise`]) and given virtual functions ([`vfs`]).
 //!
 //! Looking changes nothing: the file of a namespace that is not there yet is not made; such a namespace has its size and no
 //! blocks ([`absent`]). What is opened is what the durable records say serves ([`follow`]), and never what a running appliance

@@ -52,8 +52,8 @@ pub(super) fn differing(seen: &[u8], extent: Extent, block: usize, seed: u64) ->
     blocks.filter_map(differs).collect()
 }
 
-/// About `wanted` blocks of a namespace of `blocks`: half of them in one row, cut into extents of `most` blocks, the others scattered over the
-/// rest in extents of a few, in no order. No block is in two.
+/// About `wanted` blocks of a namespace of `blocks`: half of them in one row, cut into extents of `most` blocks, the others
+/// scattered over the rest in extents of a few, in no order. No block is in two.
 pub(super) fn extents(seed: u64, blocks: u64, wanted: u64, most: u32) -> Vec<Extent> {
     let mut numbers = Numbers::new(seed);
     let wanted = wanted.clamp(1, blocks.max(1));

@@ -1,7 +1,8 @@
 //! `dray device vfs`: virtual functions with queues and interrupts, online.
 //!
-//! Secondary controllers go offline when their primary controller is reset, so whoever drives it must go on doing so. Where the kernel
-//! has the physical function, its driver does, and the commands go through it. Where vfio-pci has it, this process drives it, until Ctrl-C.
+//! Secondary controllers go offline when their primary controller is reset, so whoever drives it must go on doing so. Where the
+//! kernel has the physical function, its driver does, and the commands go through it. Where vfio-pci has it, this process drives
+//! it, until Ctrl-C.
 
 use super::bind::refused;
 use super::physical::{PciArgs, address, uuid};
