@@ -88,8 +88,9 @@ fn none_is_fine<T: Default>(result: io::Result<T>) -> io::Result<T> {
 
 impl Files for Folder {
     fn list(&self, folder: &str) -> io::Result<Vec<String>> {
-        let names = || std::fs::read_dir(self.root.join(folder))?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect();
-        none_is_fine(names()).map(|mut names: Vec<_>| {
+        let name = |entry: io::Result<std::fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
+        let names = std::fs::read_dir(self.root.join(folder)).and_then(|entries| entries.map(name).collect());
+        none_is_fine(names).map(|mut names: Vec<_>| {
             names.sort();
             names
         })
