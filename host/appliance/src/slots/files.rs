@@ -98,7 +98,7 @@ impl Files for Folder {
 
     fn read(&self, path: &str, limit: u64) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        File::open(self.root.join(path))?.take(limit + 1).read_to_end(&mut bytes)?;
+        File::open(self.root.join(path))?.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
         if bytes.len() as u64 > limit { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(bytes) }
     }
 
