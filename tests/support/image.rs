@@ -101,14 +101,15 @@ impl Machine {
                 let flash = |unit, file: &Path, mode| format!("if=pflash,format=raw,unit={unit},file={}{mode}", file.display());
                 qemu.args(["-drive", &flash(0, &tools.join("OVMF_CODE_4M.fd"), ",readonly=on")]);
                 qemu.args(["-drive", &flash(1, &self.variables(), "")]);
-                boot_disk(&mut qemu, disk);
+                boot_disk(&mut qemu, disk, ",bootindex=0");
             }
             Boot::Direct { words, disk } => {
                 let image = built();
                 let line = format!("{} {words}", manifest_value("options"));
                 qemu.arg("-kernel").arg(image.join("vmlinuz")).arg("-initrd").arg(image.join("initrd")).args(["-append", &line]);
                 if let Some(disk) = disk {
-                    boot_disk(&mut qemu, disk);
+                    // A kernel that QEMU loads takes the first place itself.
+                    boot_disk(&mut qemu, disk, "");
                 }
             }
         }
@@ -143,9 +144,9 @@ impl Machine {
     }
 }
 
-fn boot_disk(qemu: &mut Command, disk: &Path) {
+fn boot_disk(qemu: &mut Command, disk: &Path, order: &str) {
     qemu.args(["-drive", &format!("file={},if=none,id=boot,format=raw,cache=unsafe", disk.display())]);
-    qemu.args(["-device", "virtio-blk-pci,drive=boot,bootindex=0"]);
+    qemu.args(["-device", &format!("virtio-blk-pci,drive=boot{order}")]);
 }
 
 /// A line of the built image's manifest: what is behind the word.
