@@ -6,6 +6,8 @@
 
 mod boots;
 mod builds;
+mod drives;
+mod outside;
 mod room;
 mod trouble;
 mod update;
