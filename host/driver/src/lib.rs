@@ -5,7 +5,8 @@
 //! polling, without allocation or lock; it implements the command seam. [`CdqOwner`] owns a controller data queue: creates it,
 //! hands out new entries by phase tag, gives slots back, arms the tail pointer trigger, and lends the queue to a second process
 //! ([`LentReader`] is that process's end). [`nvme_tcp`] drives remote controllers, [`passthru`] those that the kernel's driver
-//! owns, by io_uring (and, with the feature `kernel-cdq`, its controller data queues by what was proposed for the kernel). [`mmc`] has the migration commands, [`quirks`] what is known of devices that deviate.
+//! owns, by io_uring (and, with the feature `kernel-cdq`, its controller data queues by what was proposed for the kernel).
+//! [`mmc`] has the migration commands, [`quirks`] what is known of devices that deviate.
 //!
 //! Nothing here starts threads, sleeps or reads a clock: everything moves when it is polled, with the time as an argument. The
 //! device is not trusted: a command identifier, queue head or status that it made up, a completion that comes twice, a fatal
