@@ -119,7 +119,8 @@ fn identify_is_what_nvme_cli_reads(guest: &mut Drive) {
     has(guest, &said, &["admin command 06h (Identify)", "status  0000h  Successful Completion", "data: 4096 bytes", "passthru"]);
     // The dump is nvme-cli's, line for line.
     guest.run("dray passthru /dev/nvme0 --admin --opcode 6 --cdw10 1 --data-len 4096 | grep '^[0-9a-f]*: ' >/tmp/ours");
-    guest.run("nvme admin-passthru /dev/nvme0 --opcode=6 --cdw10=1 --data-len=4096 -r 2>&1 | grep '^[0-9a-f]*: ' >/tmp/theirs; cmp /tmp/ours /tmp/theirs");
+    guest.run("nvme admin-passthru /dev/nvme0 --opcode=6 --cdw10=1 --data-len=4096 -r 2>&1 | grep '^[0-9a-f]*: ' >/tmp/theirs");
+    guest.run("cmp /tmp/ours /tmp/theirs");
     // A result without data: Number of Queues.
     let said = guest.run("dray passthru /dev/nvme0 --admin --opcode 0x0a --cdw10 7 --json");
     let json: serde_json::Value = serde_json::from_str(&said).expect("JSON");
@@ -134,7 +135,8 @@ fn what_is_written_is_read(guest: &mut Drive) {
     guest.run("dray passthru /dev/PLAIN --opcode 0x01 --cdw10 256 --cdw12 127 --input /tmp/out");
     guest.run("dray passthru /dev/PLAIN --opcode 0x02 --cdw10 256 --cdw12 127 --data-len 64KiB --output /tmp/in; cmp /tmp/in /tmp/out");
     guest.run("dd if=/dev/BLOCK of=/tmp/in bs=4k skip=32 count=16 iflag=direct 2>/dev/null; cmp /tmp/in /tmp/out");
-    guest.run("nvme io-passthru /dev/PLAIN --opcode=2 --namespace-id=1 --cdw10=256 --cdw12=127 --data-len=65536 -r -b >/tmp/in; cmp /tmp/in /tmp/out");
+    guest.run("nvme io-passthru /dev/PLAIN --opcode=2 --namespace-id=1 --cdw10=256 --cdw12=127 --data-len=65536 -r -b >/tmp/in");
+    guest.run("cmp /tmp/in /tmp/out");
     guest.run("dray passthru /dev/PLAIN --opcode 0 --json | grep -q '\"command\": \"Flush\"'");
     guest.run("dray passthru /dev/PLAIN --opcode 1 --cdw10 256 --cdw12 127 --input - </tmp/out");
 }
@@ -288,7 +290,8 @@ fn one_queue(queue: &mut PassthruQueue, first: u64, registered: bool) {
         for round in 0..8u64 {
             for slot in 0..32u64 {
                 let chunk = round * 32 + slot;
-                let pieces: Vec<Segment<'_>> = shapes[(slot % 3) as usize](base + chunk as usize * 4096).into_iter().map(|(o, l)| part(o, l)).collect();
+                let shape = shapes[(slot % 3) as usize](base + chunk as usize * 4096);
+                let pieces: Vec<Segment<'_>> = shape.into_iter().map(|(offset, len)| part(offset, len)).collect();
                 let (slba, nlb) = (first + chunk * 8, 8);
                 let entry = if write { SubmissionEntry::write(1, slba, nlb) } else { SubmissionEntry::read(1, slba, nlb) };
                 queue.submit(Time(0), &entry, &pieces, chunk).expect("room");
@@ -305,8 +308,10 @@ fn one_queue(queue: &mut PassthruQueue, first: u64, registered: bool) {
     }
     scattered_and_large(queue, &buffer, first);
     let limits = queue.limits();
-    assert_eq!(queue.submit(Time(0), &SubmissionEntry::read(1, 0, 1), &[part(0, limits.max_transfer), part(1 << 20, 512)], 1), Err(SubmitError::BadData));
-    assert_eq!(queue.submit(Time(0), &SubmissionEntry::read(1, 0, 1).with_fuse(Fuse::FIRST), &[part(0, 512)], 1), Err(SubmitError::BadData));
+    let read = SubmissionEntry::read(1, 0, 1);
+    let too_much = [part(0, limits.max_transfer), part(1 << 20, 512)];
+    assert_eq!(queue.submit(Time(0), &read, &too_much, 1), Err(SubmitError::BadData));
+    assert_eq!(queue.submit(Time(0), &read.with_fuse(Fuse::FIRST), &[part(0, 512)], 1), Err(SubmitError::BadData));
     // Refused by the drive; refused by the kernel; still alive.
     queue.submit(Time(0), &SubmissionEntry::read(1, 1 << 40, 1), &[part(0, 512)], 1).expect("room");
     assert!(ended(queue, 1)[0].status.is(Status::LBA_OUT_OF_RANGE));
