@@ -23,7 +23,8 @@ const MIB: u64 = 1 << 20;
 const FUEL: Budget = Budget::Fuel { call_units: 20_000_000, open_units: 20_000_000 };
 
 fn sandbox(budget: Budget) -> Sandbox {
-    Sandbox::new(&SandboxConfig { budget, limits: Limits { instances: 8, ..Limits::default() }, cache: None, compiled: None }).expect("a sandbox")
+    let limits = Limits { instances: 8, ..Limits::default() };
+    Sandbox::new(&SandboxConfig { budget, limits, cache: None, compiled: None }).expect("a sandbox")
 }
 
 /// A component that `cargo xtask` has built.

@@ -2,8 +2,8 @@
 //!
 //! Not here yet: physical devices, more than one polling core.
 //! Start reading at [`cli`] for what a user can do, at [`config`] for what `appliance.toml` may say, at [`run`] for the appliance
-//! as it serves and [`control`] for how it is spoken to, and at [`core`] for the threads. As the first process of the bootable image it
-//! is [`init`]; [`slots`] are that image's two systems.
+//! as it serves and [`control`] for how it is spoken to, and at [`core`] for the threads. As the first process of the bootable
+//! image it is [`init`]; [`slots`] are that image's two systems.
 
 pub mod apart;
 pub mod assembly;

@@ -78,9 +78,9 @@ impl std::str::FromStr for Cpu {
 /// Sets an engine up to compile for a CPU that need not be this machine's.
 pub(crate) fn compile_for(config: &mut Config, cpu: Cpu) -> wasmtime::Result<()> {
     config.target(TARGET)?;
-    // SAFETY: what a flag could break is that code uses instructions which the machine does not have, or keeps to other rules than
-    // the host. These are presets of features of the CPU and nothing else; such an engine only compiles ([`Engine::precompile_component`]),
-    // and an engine that loads the code compares its features with those of its machine.
+    // SAFETY: what a flag could break is that code uses instructions which the machine does not have, or keeps to other rules
+    // than the host. These are presets of features of the CPU and nothing else; such an engine only compiles
+    // (`Engine::precompile_component`), and an engine that loads the code compares its features with those of its machine.
     unsafe { config.cranelift_flag_enable(cpu.name()) };
     Ok(())
 }

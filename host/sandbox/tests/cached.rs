@@ -157,7 +157,8 @@ fn what_belongs_to_another_user_is_not_used() {
 /// A sandbox with a folder of code that was compiled ahead of time, and a cache beside it.
 fn with_compiled(folder: &Path, cache: &Path) -> Sandbox {
     let limits = Limits { instances: 2, ..Limits::default() };
-    Sandbox::new(&SandboxConfig { budget: TIME, limits, cache: Some(cache.to_owned()), compiled: Some(folder.to_owned()) }).unwrap()
+    let (cache, compiled) = (Some(cache.to_owned()), Some(folder.to_owned()));
+    Sandbox::new(&SandboxConfig { budget: TIME, limits, cache, compiled }).unwrap()
 }
 
 /// Where the component's code came from; it must work.

@@ -92,7 +92,8 @@ pub(super) fn status(parts: &Parts, as_json: bool) -> miette::Result<ExitCode> {
 fn slot_value(info: &SlotInfo) -> Value {
     let entry = info.entry();
     json!({
-        "slot": info.slot.letter(), "version": entry.and_then(|(_, _, entry)| entry.version), "entry": entry.map(|(name, _, _)| name),
+        "slot": info.slot.letter(),
+        "version": entry.and_then(|(_, _, entry)| entry.version), "entry": entry.map(|(name, _, _)| name),
         "tries_left": entry.and_then(|(_, tries, _)| tries.left), "tries_made": entry.map(|(_, tries, _)| tries.made),
         "good": entry.is_some_and(|(_, tries, _)| tries.left.is_none()), "complete": info.complete,
         "options": entry.map(|(_, _, entry)| &entry.options),
@@ -125,7 +126,7 @@ pub(super) fn update(parts: &Parts, from: &str, allow_downgrade: bool) -> miette
     let (mut files, mounted) = parts.files(true)?;
     let header = write_update(source.as_mut(), &key, running, allow_downgrade, &mut files, &mut |line| println!("{line}"))?;
     drop(mounted);
-    println!("version {} is in slot {}; the next start boots it, and comes back to slot {} if it does not come up", header.version,
-        running.slot.other(), running.slot);
+    let (version, slot, other) = (header.version, running.slot, running.slot.other());
+    println!("version {version} is in slot {other}; the next start boots it, and comes back to slot {slot} if it does not come up");
     Ok(ExitCode::SUCCESS)
 }

@@ -172,7 +172,10 @@ impl std::fmt::Display for LinkChoice {
         match self {
             Self::First => f.write_str("the first Ethernet link"),
             Self::Name(name) => write!(f, "the link {name}"),
-            Self::Mac([a, b, c, d, e, g]) => write!(f, "the link with the MAC address {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}"),
+            Self::Mac(mac) => {
+                let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+                write!(f, "the link with the MAC address {mac}")
+            }
         }
     }
 }
@@ -349,7 +352,8 @@ fn check_network(place: &Spanned<Network>) -> Result<(), Problem> {
         return Err(problem(server, format!("more than {NAME_SERVERS} name servers are not asked"), "remove the last ones"));
     }
     if let Some(mtu) = network.mtu.as_ref().filter(|mtu| !(576..=65_535).contains(mtu.get_ref())) {
-        return Err(problem(mtu, format!("packets of {} bytes are not sent", mtu.get_ref()), "write 576 to 65535, as in 1500 or 9000"));
+        let message = format!("packets of {} bytes are not sent", mtu.get_ref());
+        return Err(problem(mtu, message, "write 576 to 65535, as in 1500 or 9000"));
     }
     Ok(())
 }
@@ -374,8 +378,8 @@ mod tests {
     #[test]
     fn all_keys_are_read() {
         let all = image(
-            "hostname = \"dray-1.example\"\nnetwork = { link = \"52:54:00:12:34:56\", address = \"10.0.2.15/24\", gateway = \"10.0.2.2\", \
-             dns = [\"10.0.2.3\"], mtu = 9000 }\nhugepages = \"512MiB\"\nntp = \"time.example:1123\"\nwatchdog = \"30s\"\n\
+            "hostname = \"dray-1.example\"\n\
+             network = { link = \"52:54:00:12:34:56\", address = \"10.0.2.15/24\", gateway = \"10.0.2.2\", dns = [\"10.0.2.3\"], mtu = 9000 }\nhugepages = \"512MiB\"\nntp = \"time.example:1123\"\nwatchdog = \"30s\"\n\
              console = \"ttyS1\"\nstatus = \"[::]:80\"\nlog-size = \"1MiB\"\nmodules = [\"net\", \"vfio\"]",
         )
         .expect("good");

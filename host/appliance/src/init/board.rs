@@ -34,8 +34,8 @@ impl Phase {
             Self::Starting => "starting",
             Self::Serving => "serving",
             Self::Restarting => "the appliance ended and is started again",
-            Self::GivenUp => "the appliance ended again and again and is not started any more; `reload` on the console tries again",
-            Self::WrongConfiguration => "the configuration is wrong: put another in place, then `reload` on the console, or restart",
+            Self::GivenUp => "the appliance ended again and again, and is not started any more; `reload` on the console does",
+            Self::WrongConfiguration => "the configuration is wrong: put another in place, then `reload` on the console or restart",
             Self::NoState => "not serving: the state partition cannot be used",
             Self::Stopping => "stopping",
         }

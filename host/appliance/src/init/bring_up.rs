@@ -155,7 +155,8 @@ impl BringUp {
     fn mount_state(&self) -> StatePlace {
         let Some((partition, more)) = mounts::find(mounts::STATE) else {
             if self.line.slot.is_none() {
-                self.journal.say(&format!("no partition {}: durable records are kept in memory, and lost when the power goes", mounts::STATE));
+                let what = format!("no partition {}", mounts::STATE);
+                self.journal.say(&format!("{what}: durable records are kept in memory, and lost when the power goes"));
                 return memory();
             }
             return self.no_state(format!("the partition {} is not there", mounts::STATE));

@@ -156,7 +156,8 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_kept_to_be_said() {
-        let line = CommandLine::parse("dray.slot=c dray.version=-1 dray.config=x dray.state=disk dray.debug=1 dray.nothing dray.slot=a");
+        let text = "dray.slot=c dray.version=-1 dray.config=x dray.state=disk dray.debug=1 dray.nothing dray.slot=a";
+        let line = CommandLine::parse(text);
         assert_eq!(line.slot, Some(Slot::A));
         assert_eq!(line.odd.len(), 6, "{:?}", line.odd);
     }
@@ -164,7 +165,8 @@ mod tests {
     proptest! {
         #[test]
         fn no_line_is_too_odd(text in "(dray\\.[a-z]{0,8}=?|\"| |[ab0-9/]){0,40}") {
-            CommandLine::parse(&text);
+            let line = CommandLine::parse(&text);
+            prop_assert!(line.odd.iter().all(|word| word.starts_with("dray.")));
         }
     }
 }

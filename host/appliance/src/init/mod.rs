@@ -5,7 +5,8 @@
 //! 2. loads the sets `base` and `disk` of kernel modules ([`modules`]),
 //! 3. waits for the partitions and mounts the configuration and the state ([`mounts`]),
 //! 4. reads the configuration, and does what its table `[image]` says ([`crate::config::image`]): modules, host name, huge pages,
-//!    network ([`net`]), and what runs beside the appliance ([`services`]): [`console`], [`status`] page, [`watchdog`], clock ([`time`]),
+//!    network ([`net`]), and what runs beside the appliance ([`services`]): [`console`], [`status`] page, [`watchdog`], clock
+//!    ([`time`]),
 //! 5. runs the appliance, `dray run --config …`, as a child ([`appliance`]), restarts it when it ends by itself ([`backoff`]),
 //! 6. and waits for what comes ([`supervisor`]): its end, SIGTERM, the power button, `poweroff`, `reboot` and `reload`.
 //!

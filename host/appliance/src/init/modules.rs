@@ -124,7 +124,9 @@ mod tests {
 
     #[test]
     fn sets_are_read_in_their_order() {
-        let sets = Sets::parse("# sets\nbase: a/b.ko c.ko # first\n\nnvme: n.ko(poll_queues=2)\nbase: d.ko\nbad\n: x.ko\nup: ../x.ko\nabs: /x.ko\n");
+        let sets = Sets::parse(
+            "# sets\nbase: a/b.ko c.ko # first\n\nnvme: n.ko(poll_queues=2)\nbase: d.ko\nbad\n: x.ko\nup: ../x.ko\nabs: /x.ko\n",
+        );
         assert_eq!(sets.names(), ["base", "nvme"]);
         let paths: Vec<_> = sets.of("base").expect("set").iter().map(|module| module.path.to_str().expect("path")).collect();
         assert_eq!(paths, ["a/b.ko", "c.ko", "d.ko"]);

@@ -94,7 +94,10 @@ fn read_some(path: &Path) -> Option<String> {
 }
 
 fn parse_uevent(text: &str) -> Option<Partition> {
-    let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).filter(|value| !value.is_empty());
+    let value = |key: &str| {
+        let found = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        found.filter(|value| !value.is_empty())
+    };
     let device = value("DEVNAME").filter(|name| !name.contains("..") && !name.starts_with('/'))?;
     Some(Partition { name: value("PARTNAME")?.into(), device: Path::new("/dev").join(device) })
 }
@@ -170,8 +173,11 @@ pub fn unmount_all(say: &dyn Fn(&str)) {
             // Not mounted, or not there.
             Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
             Err(error) => {
-                let read_only = mount_remount(place, MountFlags::RDONLY, c"");
-                say(&format!("{place} cannot be unmounted: {error}; made read-only: {}", read_only.map_or_else(|e| e.to_string(), |()| "yes".into())));
+                let read_only = match mount_remount(place, MountFlags::RDONLY, c"") {
+                    Ok(()) => "it is read-only now".to_owned(),
+                    Err(error) => format!("nor made read-only: {error}"),
+                };
+                say(&format!("{place} cannot be unmounted: {error}; {read_only}"));
             }
         }
     }

@@ -158,7 +158,8 @@ impl Services {
 
     fn set_watchdog(&mut self, wanted: Option<Duration>) {
         let Some((time, stop)) = changed(&mut self.watchdog, wanted) else { return };
-        let (board, config, pulse, journal) = (self.board.clone(), Arc::clone(&self.config), self.pulse.clone(), self.journal.clone());
+        let (board, config) = (self.board.clone(), Arc::clone(&self.config));
+        let (pulse, journal) = (self.pulse.clone(), self.journal.clone());
         self.spawn("dray-watchdog", move || watchdog::run(time, &board, &config, &pulse, &journal, &stop));
     }
 

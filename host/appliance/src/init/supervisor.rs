@@ -202,8 +202,8 @@ impl Supervisor {
     fn say_odd_state(&self, config: &Config) {
         let folder = config.path(&config.file.core.state);
         if !folder.starts_with(mounts::STATE_FOLDER) {
-            let folder = folder.display();
-            self.journal.say(&format!("[core] state = {folder} is not below /state: durable records are lost when the power goes"));
+            let what = format!("[core] state = {} is not below {}", folder.display(), mounts::STATE_FOLDER);
+            self.journal.say(&format!("{what}: durable records are lost when the power goes"));
         }
     }
 

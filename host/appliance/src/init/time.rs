@@ -67,7 +67,7 @@ pub enum TimeError {
 /// # Errors
 /// [`TimeError`].
 pub fn offset(answer: &[u8], nonce: u64, sent: i128, received: i128) -> Result<i128, TimeError> {
-    let message: &[u8; MESSAGE_BYTES] = answer.get(..MESSAGE_BYTES).and_then(|bytes| bytes.try_into().ok()).ok_or(TimeError::NotOurs)?;
+    let message = answer.get(..MESSAGE_BYTES).ok_or(TimeError::NotOurs)?;
     let word = |at: usize| message[at..at + 8].try_into().map(u64::from_be_bytes).unwrap_or(0);
     let (leap, version, mode, stratum) = (message[0] >> 6, message[0] >> 3 & 7, message[0] & 7, message[1]);
     if mode != 4 || !(3..=4).contains(&version) || word(24) != nonce {
@@ -166,7 +166,8 @@ fn correct(offset: i128, first: bool, name: &str, journal: &Journal, said: &mut 
         }
         Decision::Set => {
             let new = wall_nanos() + offset;
-            let time = Timespec { tv_sec: i64::try_from(new.div_euclid(NANOS)).unwrap_or(0), tv_nsec: new.rem_euclid(NANOS) as i64 };
+            let seconds_of_new = i64::try_from(new.div_euclid(NANOS)).unwrap_or(0);
+            let time = Timespec { tv_sec: seconds_of_new, tv_nsec: new.rem_euclid(NANOS) as i64 };
             let direction = if ahead { "back" } else { "forward" };
             match clock_settime(ClockId::Realtime, time) {
                 Ok(()) => journal.say(&format!("the clock was set {direction} by {seconds:.3} s, by {name}")),

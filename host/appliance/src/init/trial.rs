@@ -75,7 +75,8 @@ impl Trial {
 
     /// The appliance serves with this configuration.
     pub fn served(&mut self, configuration: &Path) {
-        let recorded = self.state.as_ref().map(|folder| record(&folder.join(RECORD), &served_now(configuration, self.line.version)?));
+        let version = self.line.version;
+        let recorded = self.state.as_ref().map(|folder| record(&folder.join(RECORD), &served_now(configuration, version)?));
         if let Some(Err(error)) = recorded {
             self.journal.say(&format!("it is not recorded that this configuration has served: {error}"));
         }
@@ -102,7 +103,8 @@ impl Trial {
         let found = partition(false).and_then(|_mounted| Ok(way(&Folder::new(Path::new(BOOT_FOLDER)), slot, self.line.version)?));
         match found {
             Ok(Way::Back) => {
-                self.journal.say(&format!("slot {slot} is on trial and not good: {why}; restarting, for slot {} in the end", slot.other()));
+                let other = slot.other();
+                self.journal.say(&format!("slot {slot} is on trial and not good: {why}; restarting, for slot {other} in the end"));
                 true
             }
             Ok(Way::Alone) => {
@@ -120,7 +122,8 @@ impl Trial {
     fn good(&mut self) {
         let first = !std::mem::replace(&mut self.good, true);
         let Some(slot) = self.line.slot.filter(|_| first || self.again.take().is_some()) else { return };
-        let done = partition(true).and_then(|_mounted| Ok(bless(&mut Folder::new(Path::new(BOOT_FOLDER)), slot, self.line.version)?));
+        let version = self.line.version;
+        let done = partition(true).and_then(|_mounted| Ok(bless(&mut Folder::new(Path::new(BOOT_FOLDER)), slot, version)?));
         match done {
             Ok(true) => self.journal.say(&format!("slot {slot} is good")),
             Ok(false) => {}
@@ -157,7 +160,8 @@ fn partition(writable: bool) -> Result<Esp, Trouble> {
 
 /// Whether another version has served with what is refused now.
 fn served_elsewhere(before: Option<&Served>, now: Option<&Served>) -> bool {
-    matches!((before, now), (Some(before), Some(now)) if before.configuration == now.configuration && before.version != now.version)
+    let (Some(before), Some(now)) = (before, now) else { return false };
+    before.configuration == now.configuration && before.version != now.version
 }
 
 fn served_now(configuration: &Path, version: Option<u64>) -> io::Result<Served> {

@@ -88,8 +88,9 @@ fn none_is_fine<T: Default>(result: io::Result<T>) -> io::Result<T> {
 
 impl Files for Folder {
     fn list(&self, folder: &str) -> io::Result<Vec<String>> {
-        let names = || std::fs::read_dir(self.root.join(folder))?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect();
-        none_is_fine(names()).map(|mut names: Vec<_>| {
+        let name = |entry: io::Result<std::fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
+        let names = std::fs::read_dir(self.root.join(folder)).and_then(|entries| entries.map(name).collect());
+        none_is_fine(names).map(|mut names: Vec<_>| {
             names.sort();
             names
         })
@@ -97,7 +98,7 @@ impl Files for Folder {
 
     fn read(&self, path: &str, limit: u64) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        File::open(self.root.join(path))?.take(limit + 1).read_to_end(&mut bytes)?;
+        File::open(self.root.join(path))?.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
         if bytes.len() as u64 > limit { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(bytes) }
     }
 

@@ -1,7 +1,7 @@
 //! The image's two system slots: which there are, which was booted, and how the other one is written.
 //!
-//! The EFI system partition has, for a slot `a` or `b`, a kernel and an initramfs in `/dray/SLOT/`, and an entry of the boot loader
-//! in `/loader/entries/` that names them ([`entry`]). The loader (systemd-boot, by the Boot Loader Specification) takes the entry
+//! The EFI system partition has, for a slot `a` or `b`, a kernel and an initramfs in `/dray/SLOT/`, and an entry of the boot
+//! loader in `/loader/entries/` that names them ([`entry`]). The loader (systemd-boot, by the Boot Loader Specification) takes the entry
 //! with the highest `version` that has tries left; the count of tries is in the entry's file name, `dray-b+3.conf`, and the
 //! loader takes one away at each boot. PID 1 takes the count off when the slot has proved good ([`bless`]); a slot that does not
 //! come up runs out of tries, and the other one is booted.

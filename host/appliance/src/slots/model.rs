@@ -38,6 +38,16 @@ fn in_folder(path: &str, folder: &str) -> bool {
 }
 
 impl Model {
+    /// An empty one of so many bytes.
+    pub fn new(capacity: u64) -> Self {
+        Self { capacity, ..Self::default() }
+    }
+
+    /// The same with a new power supply: the process died, the system lives.
+    pub fn powered(&self) -> Self {
+        Self { left: None, ..self.clone() }
+    }
+
     /// A file that has been there for long.
     pub fn put(&mut self, path: &str, content: &[u8]) {
         self.contents.push((content.to_vec(), content.len()));

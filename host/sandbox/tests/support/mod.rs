@@ -21,7 +21,8 @@ pub const FUEL: Budget = Budget::Fuel { call_units: 20_000_000, open_units: 20_0
 
 /// A sandbox for so many instances at once, without a cache.
 pub fn pool(budget: Budget, instances: u32) -> Sandbox {
-    Sandbox::new(&SandboxConfig { budget, limits: Limits { instances, ..Limits::default() }, cache: None, compiled: None }).expect("an engine")
+    let limits = Limits { instances, ..Limits::default() };
+    Sandbox::new(&SandboxConfig { budget, limits, cache: None, compiled: None }).expect("an engine")
 }
 
 /// A sandbox for four instances at once.

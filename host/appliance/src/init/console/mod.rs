@@ -124,7 +124,10 @@ impl Wire {
                     }
                     let mut fds = [PollFd::new(&self.file, PollFlags::OUT)];
                     let time = Timespec { tv_sec: 0, tv_nsec: LOOK.subsec_nanos().into() };
-                    poll(&mut fds, Some(&time)).or_else(|error| if error == rustix::io::Errno::INTR { Ok(0) } else { Err(error) })?;
+                    match poll(&mut fds, Some(&time)) {
+                        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                        Err(error) => return Err(error.into()),
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),

@@ -72,7 +72,8 @@ impl Terminal {
                 return String::from_utf8(std::mem::replace(&mut self.seen, rest)).expect("text");
             }
             let mut bytes = [0; 4096];
-            let count = self.line.read(&mut bytes).unwrap_or_else(|error| panic!("{error}: no {text:?} in {:?}", String::from_utf8_lossy(&self.seen)));
+            let count = self.line.read(&mut bytes);
+            let count = count.unwrap_or_else(|error| panic!("{error}: no {text:?} in {:?}", String::from_utf8_lossy(&self.seen)));
             assert_ne!(count, 0, "the console has closed");
             self.seen.extend_from_slice(&bytes[..count]);
         }

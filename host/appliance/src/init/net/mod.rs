@@ -274,8 +274,12 @@ fn write_resolv_conf(shared: &Shared, dns: &[IpAddr]) {
 fn write_file(shared: &Shared, path: &str, text: &str) {
     // Beside and renamed: who reads it meanwhile finds the one or the other.
     let beside = format!("{path}.new");
-    let written = std::fs::create_dir_all("/etc").and_then(|()| std::fs::write(&beside, text)).and_then(|()| std::fs::rename(&beside, path));
-    if let Err(error) = written {
+    let write = || {
+        std::fs::create_dir_all("/etc")?;
+        std::fs::write(&beside, text)?;
+        std::fs::rename(&beside, path)
+    };
+    if let Err(error) = write() {
         shared.journal.say(&format!("{path} cannot be written: {error}"));
     }
 }

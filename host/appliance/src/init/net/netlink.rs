@@ -231,7 +231,8 @@ mod tests {
         ];
         assert_eq!(bytes, expected);
         assert_eq!(link_up(1, Some(9000)).bytes(1).len(), HEADER_BYTES + 16 + 8);
-        assert_eq!(default_route(NEW_ROUTE, 0, 2, "fe80::1".parse().expect("an address")).bytes(1).len(), HEADER_BYTES + 12 + 20 + 8);
+        let route = default_route(NEW_ROUTE, 0, 2, "fe80::1".parse().expect("an address"));
+        assert_eq!(route.bytes(1).len(), HEADER_BYTES + 12 + 20 + 8);
     }
 
     /// The kernel itself: what it does not allow or know, it says; a link that is not there has no address.
@@ -239,7 +240,8 @@ mod tests {
     fn the_kernel_understands_and_refuses() {
         let mut netlink = Netlink::open().expect("a socket");
         let cidr = Cidr::parse("192.0.2.1/32").expect("an address");
-        for result in [netlink.link_up(999_999, None), netlink.add_address(999_999, cidr), netlink.remove_address(999_999, cidr)] {
+        let none = 999_999;
+        for result in [netlink.link_up(none, None), netlink.add_address(none, cidr), netlink.remove_address(none, cidr)] {
             use rustix::io::Errno;
             let code = result.expect_err("no such link").raw_os_error();
             let expected = [Errno::NODEV, Errno::PERM, Errno::ADDRNOTAVAIL].map(|errno| Some(errno.raw_os_error()));

@@ -76,7 +76,8 @@ impl Page {
     /// The page for people.
     #[must_use]
     pub fn text(&self) -> String {
-        text(&self.board.known(), &self.board.network_view(), since_kernel_start_ms(), &self.appliance(), &self.journal.tail(LINES))
+        let (known, network) = (self.board.known(), self.board.network_view());
+        text(&known, &network, since_kernel_start_ms(), &self.appliance(), &self.journal.tail(LINES))
     }
 }
 

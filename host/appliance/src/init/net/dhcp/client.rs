@@ -85,8 +85,8 @@ impl Client {
     /// A client of a link, at a time since some start; `seed` makes its transactions and waits its own.
     #[must_use]
     pub fn new(mac: [u8; 6], host_name: &str, seed: u64, now: Duration) -> Self {
-        let mut client =
-            Self { mac, host_name: host_name.into(), random: seed, xid: 0, state: State::Selecting, began: now, due: now, sent: 0 };
+        let (host_name, state) = (host_name.into(), State::Selecting);
+        let mut client = Self { mac, host_name, random: seed, xid: 0, state, began: now, due: now, sent: 0 };
         client.restart(now);
         client
     }
@@ -234,6 +234,7 @@ impl Client {
 mod tests {
     use super::super::packet::tests::answer;
     use super::*;
+    use proptest::collection::vec;
     use proptest::prelude::*;
 
     const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
@@ -269,7 +270,8 @@ mod tests {
         assert_eq!((kind(&discover), to), (1, None));
         let (request, to) = sent(client.take(&answer(&discover, Kind::Offer, &[MASK, HOUR]), s(100)));
         assert_eq!((kind(&request), to), (3, None));
-        let Some(Action::Bound(lease)) = client.take(&answer(&request, Kind::Ack, &[MASK, HOUR]), s(100)) else { panic!("bound") };
+        let taken = client.take(&answer(&request, Kind::Ack, &[MASK, HOUR]), s(100));
+        let Some(Action::Bound(lease)) = taken else { panic!("{taken:?}") };
         assert_eq!((lease.cidr.to_string().as_str(), lease.lasts), ("10.0.2.15/24", s(3600)));
         client
     }
@@ -373,7 +375,7 @@ mod tests {
 
         #[test]
         fn no_sequence_of_packets_is_too_odd(
-            steps in proptest::collection::vec((any::<bool>(), 0u64..5000, 0usize..4, proptest::collection::vec(any::<u8>(), 0..12)), 0..30)
+            steps in vec((any::<bool>(), 0u64..5000, 0usize..4, vec(any::<u8>(), 0..12)), 0..30)
         ) {
             let (mut client, mut now, mut last) = (client(), s(100), Vec::new());
             for (polls, later, what, noise) in steps {

@@ -74,8 +74,10 @@ fn keep(shared: &Shared, link: &Link) -> io::Result<()> {
                     act(shared, link, &socket, action, &mut held);
                 }
             }
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted) => {}
-            Err(error) => break Err(error),
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted => {}
+                _ => break Err(error),
+            },
         }
     };
     if let Some(applied) = held {
