@@ -11,6 +11,7 @@ use dray_device::poll::{Poll, Time};
 use dray_device::socket::{Stream, TcpSocket};
 use dray_device::vfio::VfioFunction;
 use dray_driver::nvme_tcp::{TcpConfig, TcpInitiator, TcpState};
+use dray_driver::passthru::node::namespace_device;
 use dray_driver::passthru::{PassthruAdmin, PassthruConfig, PassthruDevice};
 use dray_driver::{AdminAnswer, AdminData, Driver, DriverConfig, DriverState, QueuePairConfig, Ticket};
 use dray_nvme::command::SubmissionEntry;
@@ -283,27 +284,9 @@ fn connect(name: &str, address: SocketAddr) -> Result<Box<dyn Stream>, DeviceErr
     Ok(Box::new(stream.map_err(|error| DeviceError::failed(name, &format!("{address}: {error}")))?))
 }
 
-/// The character device of a namespace of a controller that the kernel owns.
-pub(super) fn namespace_device(controller: &std::path::Path, nsid: u32) -> PathBuf {
-    let name = controller.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let number = name.trim_start_matches("nvme");
-    controller.with_file_name(format!("ng{number}n{nsid}"))
-}
-
 fn kernel_queue(name: &str, controller: &std::path::Path, nsid: u32) -> Result<Box<dyn CommandQueue>, DeviceError> {
-    let path = namespace_device(controller, nsid);
+    let path = namespace_device(controller, nsid).map_err(|error| DeviceError::failed(name, &error))?;
     let config = PassthruConfig { depth: u32::from(DEPTH), ..PassthruConfig::default() };
     let device = PassthruDevice::open(&path, &config).map_err(|error| DeviceError::failed(name, &error))?;
     Ok(Box::new(device.queue().map_err(|error| DeviceError::failed(name, &error))?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::path::Path;
-
-    #[test]
-    fn a_namespace_has_its_own_device() {
-        assert_eq!(namespace_device(Path::new("/dev/nvme3"), 12), Path::new("/dev/ng3n12"));
-    }
 }

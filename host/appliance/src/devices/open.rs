@@ -1,6 +1,6 @@
 //! One device while it is open.
 
-use super::admin::{Admin, namespace_device};
+use super::admin::Admin;
 use super::memory::GuestMemory;
 use crate::config::Config;
 use crate::config::device::{Device, Iommu, Way};
@@ -10,6 +10,7 @@ use dray_device::command::CommandQueue;
 use dray_device::pci::{Inventory, PciAddress};
 use dray_device::space::AddressSpace;
 use dray_device::vfio::{IommuChoice, VfioConfig, VfioFunction, VfioSpace};
+use dray_driver::passthru::node::namespace_device;
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::identify::{Cns, CommandSetId, IDENTIFY_BYTES, IdentifyController, IdentifyNamespace};
 use dray_nvme::status::Status;
@@ -273,9 +274,10 @@ impl OpenDevice {
         let page = admin.ask(name, "Identify Namespace", clock, &entry, IDENTIFY_BYTES)?;
         let identify = IdentifyNamespace::read_from_bytes(&page[..]).map_err(|_| self.namespace_error(nsid, "has no description"))?;
         let controller = admin.identify().copied().ok_or_else(|| self.namespace_error(nsid, "is of a controller without Identify"))?;
-        let kernel = if let Admin::Kernel(_, path) = &*admin { Some(namespace_device(path, nsid)) } else { None };
+        let kernel = if let Admin::Kernel(_, path) = &*admin { Some(path.clone()) } else { None };
         drop(admin);
         if let Some(path) = kernel {
+            let path = namespace_device(&path, nsid).map_err(|error| DeviceError::failed(name, &error))?;
             self.nobody_uses(nsid, &path)?;
         }
         let config = self.served(nsid, &identify, &controller)?;
