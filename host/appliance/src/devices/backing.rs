@@ -1,6 +1,7 @@
 //! A namespace of a device as the backing of one of ours.
 
 use super::open::{DeviceError, OpenDevice};
+use super::reservation::respect;
 use dray_controller::CommandBacking;
 use dray_device::backing::{Backing, BackingInfo, BackingRequest, Submitted};
 use dray_device::memory::{DmaBuffer, Pages};
@@ -57,7 +58,12 @@ impl DeviceBacking {
         let failed = |error: &dyn std::fmt::Display| DeviceError::failed(device.name(), error);
         let memory = DmaBuffer::allocate("dray-bounce", BOUNCE_BYTES, Pages::PreferHuge).map_err(|error| failed(&error))?;
         let bounce = device.space().map(|space| space.map(&memory, true)).transpose().map_err(|error| failed(&error))?;
-        let backing = device.queue(nsid).and_then(|queue| CommandBacking::new(queue, config, &memory).map_err(|error| failed(&error)));
+        let backing = device.queue(nsid).and_then(|mut queue| {
+            if device.is_reservable(nsid) {
+                respect(device, &mut *queue, nsid, &memory)?;
+            }
+            CommandBacking::new(queue, config, &memory).map_err(|error| failed(&error))
+        });
         if backing.is_err()
             && let (Some(space), Some(iova)) = (device.space(), bounce)
         {

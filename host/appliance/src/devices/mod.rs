@@ -12,6 +12,7 @@ mod backing;
 pub mod disk;
 mod memory;
 mod open;
+mod reservation;
 
 pub use backing::DeviceBacking;
 pub use open::{DeviceError, OpenDevice};

@@ -8,6 +8,7 @@ use crate::core::clock::Clock;
 use dray_controller::{CommandBackingConfig, UsesMemory};
 use dray_device::command::CommandQueue;
 use dray_device::pci::{Inventory, PciAddress};
+use dray_device::poll::Time;
 use dray_device::space::AddressSpace;
 use dray_device::vfio::{IommuChoice, VfioConfig, VfioFunction, VfioSpace};
 use dray_driver::passthru::node::namespace_device;
@@ -92,6 +93,8 @@ pub struct OpenDevice {
     taken: Mutex<BTreeSet<u32>>,
     /// What is known of namespaces, as of the last time that somebody asked the device.
     known: Mutex<BTreeMap<u32, CommandBackingConfig>>,
+    /// Namespaces that hosts can reserve (RESCAP).
+    reservable: Mutex<BTreeSet<u32>>,
     queues: AtomicU16,
     place: String,
     thread: Option<JoinHandle<()>>,
@@ -186,6 +189,7 @@ impl OpenDevice {
             thread: Some(thread),
             taken: Mutex::default(),
             known: Mutex::default(),
+            reservable: Mutex::default(),
             queues: AtomicU16::new(0),
             place: file.place(),
             shared,
@@ -254,6 +258,16 @@ impl OpenDevice {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(&nsid);
     }
 
+    /// The time of its thread.
+    pub(super) fn now(&self) -> Time {
+        self.shared.clock.now()
+    }
+
+    /// Whether a host can have reserved a namespace.
+    pub(super) fn is_reservable(&self, nsid: u32) -> bool {
+        self.reservable.lock().unwrap_or_else(PoisonError::into_inner).contains(&nsid)
+    }
+
     pub(super) fn queue(&self, nsid: u32) -> Result<Box<dyn CommandQueue>, DeviceError> {
         let nth = self.queues.fetch_add(1, Ordering::Relaxed);
         self.shared.admin().queue(self.name(), nsid, nth, self.shared.clock)
@@ -281,6 +295,9 @@ impl OpenDevice {
             self.nobody_uses(nsid, &path)?;
         }
         let config = self.served(nsid, &identify, &controller)?;
+        if controller.oncs.reservations() && identify.rescap != 0 {
+            self.reservable.lock().unwrap_or_else(PoisonError::into_inner).insert(nsid);
+        }
         self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(nsid, config);
         Ok(config)
     }
