@@ -145,7 +145,7 @@ impl Machine {
 }
 
 fn boot_disk(qemu: &mut Command, disk: &Path, order: &str) {
-    qemu.args(["-drive", &format!("file={},if=none,id=boot,format=raw,cache=unsafe", disk.display())]);
+    qemu.args(["-drive", &format!("file={},if=none,id=boot,format=raw,cache.writeback=on,cache.direct=off,cache.no-flush=on", disk.display())]);
     qemu.args(["-device", &format!("virtio-blk-pci,drive=boot{order}")]);
 }
 

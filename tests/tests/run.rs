@@ -292,7 +292,10 @@ fn a_look_at_devices_follows_the_records_and_keeps_off_what_runs() {
     assert!(!place.0.join("state").exists() && !place.0.join("source.img").exists(), "looking makes nothing");
 
     let running = place.start();
-    for args in [&["device", "list"][..], &["device", "identify", "source:2"], &["device", "identify", "destination:1"]] {
+    // The machine's functions are listed, and nothing that the appliance has is touched.
+    let list = look(&["device", "list", "--json"]);
+    assert!(list["appliance"].is_i64() && list["devices"] == serde_json::json!([]) && list["pci"].is_array(), "{list}");
+    for args in [&["device", "identify", "source:2"][..], &["device", "identify", "destination:1"]] {
         let refused = place.dray(args);
         let words = flat(&refused);
         assert!(!refused.status.success() && words.contains("the appliance runs on") && words.contains("dray status"), "{words}");

@@ -224,7 +224,7 @@ fn a_device_is_reached_in_one_way_and_has_the_keys_of_that_way() {
         ("", 2, "names 0"),
         ("pci = \"0000:01:00.0\"\npassthru = \"/dev/nvme0\"\n", 2, "names 2"),
         ("pci = \"01:00\"\n", 3, "0000:01:00.0"),
-        ("pci = \"0000:01:00.0\"\niommu = \"none\"\n", 4, "unsafe-none"),
+        ("pci = \"0000:01:00.0\"\niommu = \"none\"\n", 4, "iommufd"),
         ("pci = \"0000:01:00.0\"\nnqn = \"nqn.x\"\n", 4, "nvme-tcp"),
         ("passthru = \"nvme0\"\n", 3, "/dev/nvme0"),
         ("passthru = \"/dev/nvme0\"\nbind = true\n", 4, "pci"),

@@ -27,10 +27,21 @@ struct Listed<'a> {
     moved_to: Option<String>,
 }
 
-/// Lists all controllers and namespaces of the configuration, and the machine's NVMe functions. Without the file the machine's
-/// are listed alone.
+/// The appliance that runs on a configuration: what it has open is not looked at by others.
+fn appliance(config: &Path) -> miette::Result<Option<i32>> {
+    if is_there(config) { Ok(crate::run::process_of(&Config::read(config)?)) } else { Ok(None) }
+}
+
+/// One that was named has to be there; without the usual one there is less to list.
+fn is_there(config: &Path) -> bool {
+    config.exists() || config != Path::new("appliance.toml")
+}
+
+/// Lists all controllers and namespaces of the configuration, and the machine's NVMe functions. Without the file, and while an
+/// appliance runs on it, the machine's are listed alone.
 pub(in super::super) fn run(config: &Path, as_json: bool) -> miette::Result<ExitCode> {
-    let followed = if config.exists() { Some(Followed::read(config)?) } else { None };
+    let running = appliance(config)?;
+    let followed = if is_there(config) && running.is_none() { Some(Followed::read(config)?) } else { None };
     let mut listed = Vec::new();
     if let Some(followed) = &followed {
         listed = gather(&followed.config)?;
@@ -43,11 +54,14 @@ pub(in super::super) fn run(config: &Path, as_json: bool) -> miette::Result<Exit
     if as_json {
         let all: Vec<_> = config_of.map_or_else(Vec::new, |config| listed.iter().map(|one| one.to_json(config)).collect());
         let pci: Vec<_> = found.iter().map(machine::Found::to_json).collect();
-        print(&format!("{:#}\n", json!({ "devices": all, "pci": pci })))?;
+        print(&format!("{:#}\n", json!({ "devices": all, "pci": pci, "appliance": running })))?;
     } else {
-        let ours = match config_of {
-            Some(config) => text(config, &listed),
-            None => format!("There is no {}: controllers of a configuration are not listed.\n", config.display()),
+        let ours = match (config_of, running) {
+            (Some(config), _) => text(config, &listed),
+            (None, Some(pid)) => {
+                format!("The appliance runs on {}, process {pid}: `dray status` shows its controllers.\n", config.display())
+            }
+            (None, None) => format!("There is no {}: controllers of a configuration are not listed.\n", config.display()),
         };
         print(&format!("{ours}\n{}", machine::text(&found)))?;
     }
@@ -148,11 +162,15 @@ impl Listed<'_> {
 
     fn namespace_json(&self, config: &Config, nsid: u32, id: &IdentifyNamespace) -> Value {
         let namespace = configured(self.device.subsystem, nsid);
+        let at_device = namespace.and_then(config::Namespace::at_device);
+        // What stands for a device's namespace here says nothing of it.
+        let known = |value: u64| at_device.is_none().then_some(value);
         json!({
             "nsid": nsid,
-            "blocks": id.nsze,
-            "block_bytes": id.block_bytes(),
-            "bytes": bytes(id),
+            "blocks": known(id.nsze),
+            "block_bytes": known(id.block_bytes().unwrap_or(0).into()),
+            "bytes": known(bytes(id)),
+            "at_device": at_device.map(|(device, nsid)| config::device::name_of(device, nsid)),
             "nguid": hex(&id.nguid),
             "backing": namespace.map(kind),
             "path": namespace.and_then(|n| file_of(config, n)),
@@ -209,8 +227,11 @@ fn namespace_row(
     id: Option<&IdentifyNamespace>,
 ) -> Vec<String> {
     let nguid = id.map(|id| id.nguid).or_else(|| nguid_bytes(namespace.nguid.get_ref())).unwrap_or_default();
-    let size = id.map_or_else(|| "not attached".into(), |id| Size(bytes(id)).to_string());
+    let mut size = id.map_or_else(|| "not attached".into(), |id| Size(bytes(id)).to_string());
     let mut backing = kind(namespace).to_owned();
+    if let Some((device, nsid)) = namespace.at_device() {
+        (backing, size) = (config::device::name_of(device, nsid), "the device's".into());
+    }
     if let Some(path) = file_of(config, namespace) {
         let missing = if is_missing(config, namespace) { " (missing)" } else { "" };
         backing = format!("{backing} {}{missing}", path.display());

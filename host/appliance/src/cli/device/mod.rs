@@ -99,9 +99,16 @@ fn is_missing(config: &Config, namespace: &config::Namespace) -> bool {
     namespace.backing == BackingKind::File && assembly::file_of(config, namespace).is_some_and(|path| !path.exists())
 }
 
+/// A namespace has one block at least: what stands for one of a device, whose size is the device's.
+const ONE_BLOCK: u64 = 512;
+
 /// Brings a subsystem up without making files.
 fn start(config: &Config, subsystem: &config::Subsystem) -> miette::Result<Machine> {
     let machine = assembly::machine_with(subsystem, &mut |namespace| {
+        if namespace.backing == BackingKind::Device {
+            // Opening it could take it from the kernel's driver, and looking changes nothing.
+            return Ok(Box::new(AbsentBacking::new(ONE_BLOCK, 512)) as Box<dyn Backing>);
+        }
         if !is_missing(config, namespace) {
             return assembly::backing(config, namespace);
         }
