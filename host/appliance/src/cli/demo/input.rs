@@ -17,6 +17,7 @@ use miette::{IntoDiagnostic, WrapErr, miette};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use toml::Spanned;
@@ -167,7 +168,7 @@ impl Kept {
         };
         let (path, text) = (Self::path(config), serde_json::to_vec(&kept).into_diagnostic()?);
         let unfinished = path.with_extension("part");
-        let whole = std::fs::write(&unfinished, text).and_then(|()| std::fs::rename(&unfinished, &path));
+        let whole = durably(&unfinished, &path, &text);
         whole.into_diagnostic().wrap_err_with(|| path.display().to_string())
     }
 
@@ -210,6 +211,15 @@ impl Kept {
         config.file.guest.writes_per_second = self.writes_per_second;
         config.file.guest.queue_depth = self.queue_depth;
     }
+}
+
+/// Writes a file that is there whole or not at all, after a power cut too.
+fn durably(unfinished: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(unfinished)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    std::fs::rename(unfinished, path)?;
+    path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
 }
 
 /// Lets a file come to rest: what is still to be written back would compete with the guest, and cached pages would have to be
