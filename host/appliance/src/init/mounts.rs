@@ -51,7 +51,7 @@ fn attach(what: &str, place: &'static str, kind: &str, flags: MountFlags, data: 
 /// Mounts the kernel's own file systems; returns what could not be.
 pub fn kernel_file_systems() -> Vec<MountError> {
     let plain = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    let mut failed: Vec<_> = [
+    [
         ("proc", "/proc", plain, c""),
         ("sysfs", "/sys", plain, c""),
         ("devtmpfs", "/dev", MountFlags::NOSUID | MountFlags::NOEXEC, c"mode=0755"),
@@ -60,12 +60,7 @@ pub fn kernel_file_systems() -> Vec<MountError> {
     ]
     .into_iter()
     .filter_map(|(kind, place, flags, data)| attach(kind, place, kind, flags, data).err())
-    .collect();
-    if Path::new("/sys/firmware/efi/efivars").is_dir() {
-        // A machine that was not booted by UEFI, or a kernel without the module, has none.
-        failed.extend(attach("efivarfs", "/sys/firmware/efi/efivars", "efivarfs", plain | MountFlags::RDONLY, c"").err());
-    }
-    failed
+    .collect()
 }
 
 /// A partition with a name.
