@@ -50,7 +50,7 @@ impl Wanted {
     }
 }
 
-/// The devices that a module is for; `None` if it is for others too, or for none, or says it in a way that the image does not read.
+/// The devices that a module is for; `None` if it names none on these buses, or in a way that the image does not read.
 fn patterns(module: &[u8]) -> Option<BTreeSet<String>> {
     let aliases = says(module, "alias").map(std::borrow::Cow::into_owned);
     let found: BTreeSet<_> = aliases.filter(|alias| BUSES.iter().any(|bus| alias.starts_with(bus))).collect();

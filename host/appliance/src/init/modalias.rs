@@ -1,7 +1,7 @@
 //! What devices a module is for, and whether one of them is there.
 //!
-//! A line of `/etc/dray/aliases` is a module's path, a colon, and patterns such as `pci:v00008086d000015B8sv*sd*bc*sc*i*`. The kernel
-//! says what each device is in its `modalias`. A module of the list is left out while no device matches: a big driver costs
+//! A line of `/etc/dray/aliases` is a module's path, a colon, and patterns such as `pci:v00008086d000015B8sv*sd*bc*sc*i*`. The
+//! kernel says what each device is in its `modalias`. A module of the list is left out while no device matches: a big driver costs
 //! megabytes and a part of the start for nothing. One that is not in the list is loaded in any case, and all are where no bus can
 //! be read.
 
@@ -95,6 +95,7 @@ mod tests {
             ("*", ""),
             ("a*c", "abcbc"),
             ("a?c*", "abc"),
+            ("a*bcd", "abcbcd"),
             ("virtio:d00000001v*", "virtio:d00000001v00001AF4"),
             ("pci:v*d*sv*sd*bc01sc06i01*", "pci:v00008086d00002922sv00001AF4sd00001100bc01sc06i01"),
         ] {
