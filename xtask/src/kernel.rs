@@ -83,12 +83,25 @@ fn walk(folder: &Path, files: &mut BTreeMap<String, PathBuf>) -> Outcome {
     Ok(())
 }
 
-/// What a module says it depends on: `depends=a,b` in its section of strings.
-fn needs(module: &[u8]) -> Vec<String> {
-    const KEY: &[u8] = b"\0depends=";
-    let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else { return Vec::new() };
-    let names = module[at + KEY.len()..].split(|byte| *byte == 0).next().unwrap_or_default();
-    String::from_utf8_lossy(names).split(',').filter(|name| !name.is_empty()).map(Into::into).collect()
+/// What a module says of itself under a key: each `KEY=VALUE` of its section of strings.
+pub fn says<'a>(module: &'a [u8], key: &str) -> impl Iterator<Item = std::borrow::Cow<'a, str>> {
+    let start = format!("\0{key}=").into_bytes();
+    let mut rest = module;
+    std::iter::from_fn(move || {
+        let at = rest.windows(start.len()).position(|window| window == start)?;
+        rest = &rest[at + start.len()..];
+        let end = rest.iter().position(|byte| *byte == 0).unwrap_or(rest.len());
+        let value = String::from_utf8_lossy(&rest[..end]);
+        // The zero byte at its end begins the next one.
+        rest = &rest[end..];
+        Some(value)
+    })
+}
+
+/// The modules that a module says it depends on.
+pub fn needs(module: &[u8]) -> Vec<String> {
+    let list = says(module, "depends").next().unwrap_or_default();
+    list.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
 }
 
 #[cfg(test)]
@@ -97,8 +110,10 @@ mod tests {
 
     #[test]
     fn a_module_says_what_it_needs() {
-        assert_eq!(needs(b"\x7fELF..license=GPL\0depends=nvme-core,nvme-fabrics\0name=nvme_tcp\0"), ["nvme-core", "nvme-fabrics"]);
+        assert_eq!(needs(b"\x7fELF..license=GPL\0depends=nvme-core,nvme-fabrics\0name=nvme_tcp\0"), ["nvme_core", "nvme_fabrics"]);
         assert!(needs(b"..\0depends=\0name=x\0").is_empty() && needs(b"").is_empty());
+        let aliases: Vec<_> = says(b"\0alias=pci:v1*\0alias=virtio:d1v*\0noalias=x\0alias=cut", "alias").collect();
+        assert_eq!(aliases, ["pci:v1*", "virtio:d1v*", "cut"]);
     }
 
     #[test]

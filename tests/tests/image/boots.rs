@@ -47,6 +47,9 @@ fn directly_with_the_configuration_it_carries_until_the_power_button() {
     assert!(loaded.len() >= 3 && loaded.iter().all(|line| line.contains("Ahead")), "{loaded:?}\n{}", image.story("compiled at start"));
     eprintln!("directly: {}", log.iter().find(|line| line.contains(SERVING)).expect("the line that was waited for"));
     assert!(log.iter().any(|line| line.contains("booted directly")), "{}", image.story("how was it booted?"));
+    // The card that is there has its driver; what no device is there for has not, nor what only that needs.
+    let loaded = |name: &str| count(&log, &format!("module {name}.ko"));
+    assert_eq!([loaded("virtio_net"), loaded("mlx5_core"), loaded("mlxfw")], [1, 0, 0], "{}", image.story("modules"));
     let page = page(&image, status, "serving");
     assert!(page.contains("/etc/dray/appliance.toml") && page.contains("in memory"), "{page}");
     let log = image.press_power();

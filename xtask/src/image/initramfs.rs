@@ -3,6 +3,7 @@
 //! There is no shell and no program but ours in it (`--debug` adds busybox). All of it lies in memory; what must stay is on the
 //! state partition.
 
+use super::aliases::Wanted;
 use super::inputs::Inputs;
 use super::{elf, lz4};
 use crate::Outcome;
@@ -34,8 +35,9 @@ pub fn build(inputs: &Inputs) -> Outcome<(Vec<u8>, usize)> {
     for (path, bytes) in &inputs.config {
         archive.file(&format!("etc/dray/{path}"), bytes.clone(), false);
     }
-    let list = add_modules(&mut archive, inputs)?;
+    let (list, aliases) = add_modules(&mut archive, inputs)?;
     archive.file("etc/dray/modules", list.into_bytes(), false);
+    archive.file("etc/dray/aliases", aliases.into_bytes(), false);
     if let Some(busybox) = &inputs.busybox {
         archive.file("usr/bin/busybox", busybox.clone(), true);
         archive.folder("bin");
@@ -45,20 +47,23 @@ pub fn build(inputs: &Inputs) -> Outcome<(Vec<u8>, usize)> {
     Ok((lz4::compress(&bytes), bytes.len()))
 }
 
-/// Adds every module of every set with those that it needs; the list for the first process, a set per line in the order to load.
-fn add_modules(archive: &mut Archive, inputs: &Inputs) -> Outcome<String> {
+/// Adds every module of every set with those that it needs. Two lists for the first process: a set per line in the order to load,
+/// and what devices the modules are for that are of use with one alone.
+fn add_modules(archive: &mut Archive, inputs: &Inputs) -> Outcome<(String, String)> {
     let kernel = &inputs.kernel;
     let modules = Modules::find(&kernel.root, &kernel.version, &kernel.unpacker)?;
     let built_in = read_text(&kernel.root.join("usr/lib/modules").join(&kernel.version).join("modules.builtin"))?;
     let mut list = format!("# Kernel modules of Linux {} by set, in the order to load them.\n", kernel.version);
-    for (set, names) in sets("images/modules", &inputs.modules)? {
+    let mut wanted = Wanted::default();
+    for (set, words) in sets("images/modules", &inputs.modules)? {
         let mut order = Vec::new();
-        for name in &names {
+        for name in words.iter().flat_map(|word| word.split('+')) {
             if !modules.has(name) && !is_built_in(&built_in, name) {
                 return Err(format!("images/modules: Linux {} has no module {name}, and it is not built in", kernel.version));
             }
             modules.add(name, &mut order)?;
         }
+        words.iter().for_each(|word| wanted.add(&set, word, &order));
         list.push_str(&set);
         list.push(':');
         for (name, bytes) in order {
@@ -68,7 +73,7 @@ fn add_modules(archive: &mut Archive, inputs: &Inputs) -> Outcome<String> {
         }
         list.push('\n');
     }
-    Ok(list)
+    Ok((list, wanted.list()))
 }
 
 /// Whether `modules.builtin`, a path of a module per line, has this one; names are the same with dashes and underscores.

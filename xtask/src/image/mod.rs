@@ -4,6 +4,7 @@
 //! the appliance's file system, [`disk`] lays out the disk ([`gpt`], [`fat`]), [`bundle`] signs the same system as an update. The
 //! same inputs give the same bytes: `manifest` has their hashes. `tests/support/image.rs` boots the result.
 
+mod aliases;
 mod bundle;
 mod disk;
 mod elf;

@@ -52,7 +52,7 @@ impl Parts {
                 "this is not Dray's image"
             ));
         }
-        let esp = Esp::mount(writable).into_diagnostic().wrap_err("the system slots are not to be had")?;
+        let esp = Esp::mount_soon(writable).into_diagnostic().wrap_err("the system slots are not to be had")?;
         Ok((Folder::new(Path::new(BOOT_FOLDER)), Some(esp)))
     }
 }

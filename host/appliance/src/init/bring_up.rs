@@ -3,7 +3,8 @@
 use super::board::Board;
 use super::cmdline::CommandLine;
 use super::journal::Journal;
-use super::modules::{self, Loaded, Sets};
+use super::modalias::{self, Aliases};
+use super::modules::{self, Loaded, Module, Sets};
 use super::mounts;
 use crate::config::image::{HUGE_PAGE_BYTES, Image};
 use crate::config::{Config, ConfigError};
@@ -52,6 +53,9 @@ pub struct BringUp {
     /// The sets of modules.
     pub sets: Sets,
     loaded: BTreeSet<String>,
+    aliases: Aliases,
+    /// Modules that were left out: none of their devices was there.
+    left_out: BTreeSet<PathBuf>,
     journal: Journal,
 }
 
@@ -67,7 +71,9 @@ impl BringUp {
         for odd in &sets.odd {
             journal.say(&format!("{} has a line that says nothing: {odd}", modules::LIST));
         }
-        Self { line, sets, loaded: BTreeSet::new(), journal: journal.clone() }
+        let aliases = Aliases::parse(&std::fs::read_to_string(modalias::LIST).unwrap_or_default());
+        let (loaded, left_out) = (BTreeSet::new(), BTreeSet::new());
+        Self { line, sets, loaded, aliases, left_out, journal: journal.clone() }
     }
 
     /// Settings of the kernel that depend on nothing.
@@ -83,28 +89,40 @@ impl BringUp {
         }
     }
 
-    /// Loads sets of modules, those before them not again.
+    /// Loads sets of modules. Of those that were loaded before, only what was left out and has a device by now.
     pub fn load_sets(&mut self, names: &[&str]) {
-        let folder = modules::folder();
+        let devices = modalias::devices(Path::new(modalias::BUSES));
         for name in names {
-            if !self.loaded.insert((*name).into()) {
-                continue;
-            }
+            let again = !self.loaded.insert((*name).into());
             let Some(modules) = self.sets.of(name) else {
                 // The first ones need not be there: a kernel may have all of them built in.
-                if !modules::FIRST.contains(name) {
+                if !again && !modules::FIRST.contains(name) {
                     let known = self.sets.names().join(", ");
                     self.journal.say(&format!("this image has no set of modules \"{name}\"; there are: {known}"));
                 }
                 continue;
             };
             for module in modules {
-                if let Loaded::Refused(error) = modules::load(&folder, module) {
-                    self.journal.say(&format!("module {}: {error}", module.path.display()));
-                } else if self.line.debug {
-                    self.journal.say(&format!("module {}", module.path.display()));
+                let before = self.left_out.contains(&module.path);
+                if again && !before {
+                    continue;
+                }
+                if self.aliases.wants(&module.path, &devices) {
+                    self.left_out.remove(&module.path);
+                    self.load(module);
+                } else if !before {
+                    self.left_out.insert(module.path.clone());
                 }
             }
+        }
+    }
+
+    fn load(&self, module: &Module) {
+        let path = module.path.display();
+        match modules::load(&modules::folder(), module) {
+            Loaded::Refused(error) => self.journal.say(&format!("module {path}: {error}")),
+            Loaded::Now if self.line.debug => self.journal.say(&format!("module {path}")),
+            Loaded::Now | Loaded::NotNeeded => {}
         }
     }
 

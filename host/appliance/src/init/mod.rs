@@ -2,7 +2,7 @@
 //!
 //! The binary is the image's `/init`. As PID 1 it does not read its arguments; it does, in this order:
 //! 1. mounts the kernel's file systems ([`mounts`]) and reads the kernel's command line ([`cmdline`]),
-//! 2. loads the sets `base` and `disk` of kernel modules ([`modules`]),
+//! 2. loads the sets `base` and `disk` of kernel modules ([`modules`]), as far as there are devices for them ([`modalias`]),
 //! 3. waits for the partitions and mounts the configuration and the state ([`mounts`]),
 //! 4. reads the configuration, and does what its table `[image]` says ([`crate::config::image`]): modules, host name, huge pages,
 //!    network ([`net`]), and what runs beside the appliance ([`services`]): [`console`], [`status`] page, [`watchdog`], clock
@@ -26,6 +26,7 @@ pub mod bring_up;
 pub mod cmdline;
 pub mod console;
 pub mod journal;
+pub mod modalias;
 pub mod modules;
 pub mod mounts;
 pub mod net;
@@ -33,6 +34,7 @@ pub mod power;
 pub mod reaper;
 pub mod services;
 pub mod status;
+pub mod steps;
 pub mod supervisor;
 pub mod time;
 pub mod trial;

@@ -5,7 +5,8 @@
 //! parentheses: `kernel/drivers/nvme/host/nvme.ko(poll_queues=2)`.
 //!
 //! Debian's kernels have much of this built in, and hardware is there or not: a module that is not there, is in the kernel
-//! already or finds no device is no error. What is one is said, and the start goes on.
+//! already or finds no device is no error. What is one is said, and the start goes on. Those that would find no device are not
+//! loaded where that is known ([`super::modalias`]).
 
 use std::ffi::CString;
 use std::fs::File;

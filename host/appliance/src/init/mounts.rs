@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 use std::ffi::CStr;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// The GPT name of the EFI system partition.
 pub const ESP: &str = "DRAY-ESP";
@@ -23,6 +24,10 @@ pub const BOOT_FOLDER: &str = "/boot";
 pub const CONFIG_FOLDER: &str = "/config";
 /// Where the state's partition is mounted.
 pub const STATE_FOLDER: &str = "/state";
+/// How long the EFI system partition may be in use by another: PID 1 calls a slot good, `dray image` looks at both.
+const BUSY: Duration = Duration::from_secs(5);
+/// How often it is looked at then.
+const LOOK: Duration = Duration::from_millis(50);
 /// Most bytes of a partition's `uevent`.
 const UEVENT_BYTES: u64 = 4096;
 
@@ -51,7 +56,7 @@ fn attach(what: &str, place: &'static str, kind: &str, flags: MountFlags, data: 
 /// Mounts the kernel's own file systems; returns what could not be.
 pub fn kernel_file_systems() -> Vec<MountError> {
     let plain = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    let mut failed: Vec<_> = [
+    [
         ("proc", "/proc", plain, c""),
         ("sysfs", "/sys", plain, c""),
         ("devtmpfs", "/dev", MountFlags::NOSUID | MountFlags::NOEXEC, c"mode=0755"),
@@ -60,12 +65,7 @@ pub fn kernel_file_systems() -> Vec<MountError> {
     ]
     .into_iter()
     .filter_map(|(kind, place, flags, data)| attach(kind, place, kind, flags, data).err())
-    .collect();
-    if Path::new("/sys/firmware/efi/efivars").is_dir() {
-        // A machine that was not booted by UEFI, or a kernel without the module, has none.
-        failed.extend(attach("efivarfs", "/sys/firmware/efi/efivars", "efivarfs", plain | MountFlags::RDONLY, c"").err());
-    }
-    failed
+    .collect()
 }
 
 /// A partition with a name.
@@ -150,6 +150,29 @@ impl Esp {
     }
 }
 
+impl Esp {
+    /// Mounts it; while it is mounted for somebody else, that is waited for, but not for long.
+    ///
+    /// # Errors
+    /// As [`Esp::mount`].
+    pub fn mount_soon(writable: bool) -> Result<Self, MountError> {
+        soon(BUSY, || Self::mount(writable))
+    }
+}
+
+/// Tries again what is busy, within a time.
+fn soon<T>(patience: Duration, mut attempt: impl FnMut() -> Result<T, MountError>) -> Result<T, MountError> {
+    let end = Instant::now() + patience;
+    loop {
+        match attempt() {
+            Err(error) if error.source.kind() == std::io::ErrorKind::ResourceBusy && Instant::now() < end => {
+                std::thread::sleep(LOOK);
+            }
+            other => return other,
+        }
+    }
+}
+
 impl Drop for Esp {
     fn drop(&mut self) {
         // What was written was flushed before; at worst it stays mounted until the power goes.
@@ -203,5 +226,23 @@ mod tests {
         let found: Vec<_> = partitions(&block).into_iter().map(|p| (p.name, p.device)).collect();
         assert_eq!(found, [("DRAY-ESP".into(), "/dev/vda1".into()), ("DRAY-CONFIG".into(), "/dev/vda2".into())]);
         std::fs::remove_dir_all(block).expect("clean up");
+    }
+
+    #[test]
+    fn what_is_busy_is_tried_again_and_what_fails_otherwise_is_not() {
+        let error = |errno: Errno| MountError { what: ESP.into(), place: BOOT_FOLDER, source: errno.into() };
+        let mut left = 3;
+        let attempt = || {
+            left -= 1;
+            if left == 0 { Ok(7) } else { Err(error(Errno::BUSY)) }
+        };
+        assert_eq!(soon(Duration::from_secs(60), attempt).expect("free in the end"), 7);
+        let mut tries = 0;
+        let refused = soon::<()>(Duration::from_secs(60), || {
+            tries += 1;
+            Err(error(Errno::NODEV))
+        });
+        assert!(refused.is_err() && tries == 1);
+        assert!(soon::<()>(Duration::ZERO, || Err(error(Errno::BUSY))).is_err(), "it is waited for without end");
     }
 }

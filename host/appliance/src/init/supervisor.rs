@@ -4,9 +4,11 @@ use super::appliance::{self, News, Running};
 use super::backoff::Backoff;
 use super::board::{Board, Phase};
 use super::bring_up::{BringUp, Read, StatePlace};
+use super::console::within;
 use super::journal::Journal;
 use super::reaper::Reaper;
 use super::services::Services;
+use super::steps::Steps;
 use super::trial::{self, Trial};
 use super::{mounts, power, since_kernel_start_ms};
 use crate::config::Config;
@@ -48,6 +50,7 @@ struct Supervisor {
     events: (Sender<Event>, Receiver<Event>),
     program: PathBuf,
     entry_ms: u64,
+    steps: Steps,
     state: StatePlace,
     config_path: PathBuf,
     config: Option<Arc<Config>>,
@@ -123,6 +126,7 @@ impl Supervisor {
             events,
             program,
             entry_ms,
+            steps: Steps::since(entry_ms),
             state: StatePlace::Nowhere("the machine is not up".into()),
             config_path: PathBuf::new(),
             config: None,
@@ -149,8 +153,11 @@ impl Supervisor {
         self.take_signals();
         self.services.watch_button();
         self.up.set_up_kernel();
+        self.steps.done("start", since_kernel_start_ms());
         self.up.load_sets(&super::modules::FIRST);
+        self.steps.done("modules", since_kernel_start_ms());
         self.state = self.up.mount_partitions(&self.board);
+        self.steps.done("partitions", since_kernel_start_ms());
         self.trial.set_state(&self.state);
         let read = self.read();
         if self.state == StatePlace::Partition {
@@ -168,7 +175,9 @@ impl Supervisor {
     /// Does what a configuration says, and starts the appliance on it.
     fn take_configuration(&mut self, read: Read) {
         let Read { config, image } = read;
+        self.steps.done("configuration", since_kernel_start_ms());
         self.up.apply(&image, &self.board);
+        self.steps.done("modules", since_kernel_start_ms());
         self.services.apply(&image);
         match config {
             Ok(config) => {
@@ -247,6 +256,7 @@ impl Supervisor {
         if !self.services.wait_for_network(NETWORK_PATIENCE) {
             self.journal.say("the network is not up yet; the appliance starts without it");
         }
+        self.steps.done("network", since_kernel_start_ms());
         self.generation += 1;
         let (generation, events) = (self.generation, self.events.0.clone());
         let tell = move |news| drop(events.send(Event::Appliance(generation, news)));
@@ -319,7 +329,8 @@ impl Supervisor {
     }
 
     fn serving(&mut self) {
-        let after = since_kernel_start_ms().saturating_sub(self.entry_ms);
+        let now = since_kernel_start_ms();
+        let after = now.saturating_sub(self.entry_ms);
         let mut first = false;
         self.board.set(|known| {
             known.phase = Phase::Serving;
@@ -328,7 +339,8 @@ impl Supervisor {
             known.serving_ms.get_or_insert(after);
         });
         if first {
-            self.journal.say(&format!("serving after {after} ms (kernel {} ms)", self.entry_ms));
+            self.steps.done("appliance", now);
+            self.journal.say(&format!("serving after {after} ms (kernel {} ms): {}", self.entry_ms, self.steps));
         } else {
             self.journal.say("serving again");
         }
@@ -392,14 +404,10 @@ impl Supervisor {
 /// Everything that was said is on the console's line, or has had its time.
 fn flush(journal: &Journal) {
     journal.flush_console(FLUSH_PATIENCE);
-    let drained = std::thread::Builder::new().spawn(|| {
+    within(FLUSH_PATIENCE, || {
         if let Ok(console) = File::options().write(true).open("/dev/console") {
             // Not every console is a serial line.
             let _none = rustix::termios::tcdrain(&console);
         }
     });
-    let end = Instant::now() + FLUSH_PATIENCE;
-    while drained.as_ref().is_ok_and(|thread| !thread.is_finished()) && Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }

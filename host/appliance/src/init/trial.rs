@@ -15,8 +15,6 @@ use std::time::{Duration, Instant};
 
 /// How long a slot on trial may take to serve.
 pub const PATIENCE: Duration = Duration::from_secs(120);
-/// How long the partition may be in use by `dray image`.
-const BUSY: Duration = Duration::from_secs(5);
 /// After how long a slot that could not be called good is called so again.
 const AGAIN: Duration = Duration::from_secs(60);
 /// Most bytes of the record.
@@ -145,17 +143,8 @@ enum Trouble {
     Files(#[from] io::Error),
 }
 
-/// The EFI system partition; `dray image` may have it mounted for a moment.
 fn partition(writable: bool) -> Result<Esp, Trouble> {
-    let end = Instant::now() + BUSY;
-    loop {
-        match Esp::mount(writable) {
-            Err(error) if error.source.kind() == io::ErrorKind::ResourceBusy && Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            other => return Ok(other?),
-        }
-    }
+    Ok(Esp::mount_soon(writable)?)
 }
 
 /// Whether another version has served with what is refused now.

@@ -26,7 +26,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 /// How often the console looks up.
@@ -41,6 +41,10 @@ const NO_COMMAND: i32 = 2;
 const NOT_STARTED: i32 = 126;
 /// What Ctrl-C sends.
 const CTRL_C: u8 = 3;
+/// How long a line that takes nothing is waited for: what is printed then is lost. The line is not, which must be obeyed still.
+const DEAF: Duration = Duration::from_secs(5);
+/// How long an answer may take to get out before the machine stops.
+const DRAIN: Duration = Duration::from_secs(1);
 /// Speed of the line in bits per second.
 const SPEED: u32 = 115_200;
 /// Lines that `log` prints without a number.
@@ -83,13 +87,15 @@ pub fn open(path: &Path) -> io::Result<File> {
 pub struct Wire {
     file: File,
     stop: Arc<AtomicBool>,
+    /// Nobody takes what is printed: it is not waited for until somebody does.
+    deaf: AtomicBool,
 }
 
 impl Wire {
     /// A line, until `stop`.
     #[must_use]
     pub fn new(file: File, stop: Arc<AtomicBool>) -> Self {
-        Self { file, stop }
+        Self { file, stop, deaf: AtomicBool::new(false) }
     }
 
     fn stopping(&self) -> bool {
@@ -112,15 +118,25 @@ impl Wire {
         }
     }
 
-    /// Prints everything, however slow the line; gives up when the console is stopped.
+    /// Prints everything, however slow the line; gives up when the console is stopped. What a line does not take for a while is
+    /// dropped, and what is printed after that at once, until it takes something again: there may be nobody who reads.
     fn print(&self, mut bytes: &[u8]) -> io::Result<()> {
+        let mut taken = Instant::now();
         while !bytes.is_empty() {
             match (&self.file).write(bytes) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => bytes = &bytes[written..],
+                Ok(written) => {
+                    bytes = &bytes[written..];
+                    taken = Instant::now();
+                    self.deaf.store(false, Ordering::Relaxed);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if self.stopping() {
                         return Err(io::ErrorKind::TimedOut.into());
+                    }
+                    if self.deaf.load(Ordering::Relaxed) || taken.elapsed() >= DEAF {
+                        self.deaf.store(true, Ordering::Relaxed);
+                        return Ok(());
                     }
                     let mut fds = [PollFd::new(&self.file, PollFlags::OUT)];
                     let time = Timespec { tv_sec: 0, tv_nsec: LOOK.subsec_nanos().into() };
@@ -136,9 +152,32 @@ impl Wire {
         Ok(())
     }
 
+    /// Waits until what was printed is out, but not for ever: where nobody reads it never is.
+    fn drain(&self) {
+        if let Ok(line) = self.file.try_clone() {
+            within(DRAIN, move || {
+                // A line that is no terminal has nothing to drain.
+                let _none = tcdrain(&line);
+            });
+        }
+    }
+
     fn end(&self, tag: Option<&str>, code: i32) -> io::Result<()> {
         let tag = tag.map(|tag| format!("{tag} ")).unwrap_or_default();
         self.print(format!("dray: {tag}exit {code}\n").as_bytes())
+    }
+}
+
+/// Does something that the system may never come back from, in a thread of its own; returns when it is done, or the time is over.
+pub fn within(patience: Duration, what: impl FnOnce() + Send + 'static) {
+    let (done, ended) = channel();
+    let run = move || {
+        what();
+        // Whoever waited may have gone.
+        let _late = done.send(());
+    };
+    if std::thread::Builder::new().name("dray-drain".into()).spawn(run).is_ok() {
+        let _over = ended.recv_timeout(patience);
     }
 }
 
@@ -186,7 +225,7 @@ fn obey(wire: &Wire, host: &dyn Host, reaper: &Reaper, text: &str, ahead: &mut V
         (word @ ("poweroff" | "reboot"), []) => {
             wire.end(line.tag.as_deref(), 0)?;
             // A line that cannot be drained does not keep the machine from stopping.
-            let _undrained = tcdrain(&wire.file);
+            wire.drain();
             host.stop(word == "reboot");
             return Ok(());
         }

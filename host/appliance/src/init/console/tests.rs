@@ -142,3 +142,34 @@ fn the_machine_is_asked_for_what_is_its_own() {
     terminal.until("dray: exit 0\n");
     assert_eq!(*terminal.machine.stops.lock().expect("stops"), [true]);
 }
+
+#[test]
+fn a_console_that_nobody_reads_is_obeyed_all_the_same() {
+    let mut terminal = Terminal::start();
+    // More than a socket and a pipe hold; nothing of it is read.
+    terminal.send("#a sh -c 'head -c 4000000 /dev/zero'\n#p poweroff\n");
+    let end = Instant::now() + PATIENCE;
+    while terminal.machine.stops.lock().expect("stops").is_empty() {
+        assert!(Instant::now() < end, "the console waits for a reader");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // Who comes to read later finds what the line held, and what is said from then on.
+    terminal.line.set_nonblocking(true).expect("nonblocking");
+    while terminal.line.read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
+    terminal.line.set_nonblocking(false).expect("blocking");
+    terminal.send("#b echo again\n");
+    terminal.until("again\ndray: b exit 0\n");
+}
+
+#[test]
+fn what_never_comes_back_is_waited_for_so_long_and_no_longer() {
+    let (hold, held) = channel::<()>();
+    let start = Instant::now();
+    within(Duration::from_millis(20), move || drop(held.recv()));
+    assert!(start.elapsed() >= Duration::from_millis(20));
+    drop(hold);
+    let done = Arc::new(AtomicBool::new(false));
+    let set = Arc::clone(&done);
+    within(PATIENCE, move || set.store(true, Ordering::Relaxed));
+    assert!(done.load(Ordering::Relaxed) && start.elapsed() < PATIENCE);
+}
