@@ -20,8 +20,6 @@ const DRIVE: u64 = 32 << 20;
 const MIGRATION: Duration = Duration::from_secs(180);
 /// Where the image serves a drive.
 const SERVED: u16 = 4421;
-/// What the drives' contents are before the demo writes them: nothing.
-const STALE: u8 = 0xa5;
 
 fn drive(room: &Room, name: &str) -> PathBuf {
     let path = room.folder().join(format!("{name}.img"));
@@ -172,18 +170,15 @@ fn drives_are_taken_tried_moved_served_and_pulled_out() {
     let [two, three] = [physical("two", at[1]), physical("three", at[2])];
     let local = config("local", &[&two[..], &three].concat(), [&of("two"), &of("three")], "");
     let far = config("far", &[&three[..], &target.device("10.0.2.2")].concat(), [&of("three"), &of("far")], "");
-    let spare = "backing = \"memory\"\nsize = \"1MiB\"";
-    let served = config("served", &physical("one", at[0]), [&of("one"), spare], &Host::export(SERVED));
-    for (name, text) in [("local.toml", &local), ("far.toml", &far), ("served.toml", &served)] {
+    for (name, text) in [("local.toml", &local), ("far.toml", &far)] {
         disk.put("DRAY-CONFIG", name, text.as_bytes());
     }
     disk.put("DRAY-CONFIG", "block.bin", &block_contents());
-    let (mut machine, status) = room.machine("drives", &disk);
+    let (mut machine, _) = room.machine("drives", &disk);
     for (name, file) in names.iter().zip(&files) {
         machine = machine.drive(name, file);
     }
-    let served = free_port();
-    let mut image = Image::boot(&machine.forward(served, SERVED), SERVING);
+    let mut image = Image::boot(&machine, SERVING);
     let found = names.map(|name| function(&mut image, name));
     assert_eq!(found.each_ref().map(address), at, "{found:#?}");
     let identify = through_the_kernel(&mut image, &found[0], &files[0]);
@@ -196,17 +191,28 @@ fn drives_are_taken_tried_moved_served_and_pulled_out() {
     let summary = demo(&mut image, "demo --config /config/far.toml --destroys-data --settle 500 --json");
     let after = summary["blocks_written_after"].as_u64().expect("a number");
     assert!(different(&files[2], &target.file()) <= after, "{summary:#}");
-    // Served to a host outside, which finds what was written inside.
-    image.tell("run --config /config/served.toml");
+    let log = image.press_power();
+    assert_eq!((count(&log, BEGINS), count(&log, "power off")), (1, 1), "{log:#?}");
+    check(&disk);
+    served_to_a_host(&room, &disk, &files);
+}
+
+/// The appliance serves the drive to a host outside, which finds what was written inside; then the drive is pulled out.
+fn served_to_a_host(room: &Room, disk: &Disk, files: &[PathBuf; 3]) {
+    disk.put("DRAY-CONFIG", "appliance.toml", serving_drives().as_bytes());
+    let (served, status) = (free_port(), free_port());
+    let boot = Boot::Direct { words: String::new(), disk: Some(disk.path().into()) };
+    let machine = Machine::new("served", room.folder(), boot).forward(status, STATUS).forward(served, SERVED);
+    let image = Image::boot(&machine.drive("one", &files[0]).drive("two", &files[1]), SERVING);
     let mut host = Host::connect(served, SOON).unwrap_or_else(|why| panic!("{}", image.story(&why)));
     assert_eq!(host.bytes(), DRIVE);
     let (mut in_place, on_drive) = (0, std::fs::read(&files[0]).expect("the drive"));
-    for first in (0..8u64 << 20).step_by(64 << 10) {
+    for first in (0..DRIVE).step_by(64 << 10) {
         let read = host.read(first / 512, 128).unwrap_or_else(|why| panic!("{}", image.story(&why)));
         assert!(read == on_drive[first as usize..][..64 << 10], "bytes from {first}");
         in_place += read.chunks(512).zip(first / 512..).filter(|(block, lba)| block[..8] == lba.to_le_bytes()).count();
     }
-    assert!(in_place > 8000, "{in_place} blocks say where they belong");
+    assert!(in_place > 8192, "{in_place} blocks say where they belong");
     // Pulled out while the host reads: it gets an error, and the appliance goes on.
     image.unplug("one");
     let end = Instant::now() + SOON;
@@ -227,7 +233,7 @@ fn drives_are_taken_tried_moved_served_and_pulled_out() {
     page(&image, status, "serving");
     let log = image.press_power();
     assert_eq!((count(&log, BEGINS), count(&log, "power off")), (1, 1), "{log:#?}");
-    check(&disk);
+    check(disk);
 }
 
 fn check(disk: &Disk) {
@@ -236,34 +242,97 @@ fn check(disk: &Disk) {
     }
 }
 
+/// What a host wrote to a block: its number so many times.
+fn written(number: u64) -> Vec<u8> {
+    number.to_le_bytes().repeat(64)
+}
+
+/// Blocks that a host writes again and again, all over the drive, and how far it is with each.
+struct Ledger {
+    /// LBA, number of the last write that was sent, number of the last that was acknowledged.
+    blocks: Vec<(u64, u64, u64)>,
+    next: u64,
+}
+
+impl Ledger {
+    fn new() -> Self {
+        Self { blocks: (0..64).map(|nth| (nth * (DRIVE / 512 / 64) + nth % 7, 0, 0)).collect(), next: 1 }
+    }
+
+    /// One more write; false when it was not acknowledged.
+    fn write(&mut self, host: &mut Host) -> bool {
+        let number = self.next;
+        self.next += 1;
+        let nth = (number % self.blocks.len() as u64) as usize;
+        self.blocks[nth].1 = number;
+        if host.write(self.blocks[nth].0, &written(number)).is_err() {
+            return false;
+        }
+        self.blocks[nth].2 = number;
+        true
+    }
+
+    /// Each block has a write that is no older than the last one that was acknowledged.
+    #[track_caller]
+    fn check(&self, host: &mut Host, image: &Image) {
+        for &(lba, sent, acknowledged) in self.blocks.iter().filter(|(_, _, acknowledged)| *acknowledged > 0) {
+            let found = host.read(lba, 1).unwrap_or_else(|why| panic!("{}", image.story(&why)));
+            let number = u64::from_le_bytes(found[..8].try_into().expect("eight bytes"));
+            let range = acknowledged..=sent;
+            assert!(range.contains(&number) && found == written(number), "block {lba}: {number}, and not one of {range:?}");
+        }
+    }
+}
+
+/// The configuration of an image that serves one drive and can move it to the other.
+fn serving_drives() -> String {
+    let image = shipped();
+    let image = &image[..image.find("[core]").expect("the table behind [image]")];
+    let devices = [physical("one", "0000:01:00.0"), physical("two", "0000:02:00.0")].concat();
+    format!("{image}{}", config("dray", &devices, [&of("one"), &of("two")], &Host::export(SERVED)))
+}
+
 #[test]
 fn a_power_cut_during_a_migration_is_resumed_or_undone_and_nothing_is_lost() {
     let _turn = turn();
     let room = Room::new("cut");
     let files = ["one", "two"].map(|name| drive(&room, name));
-    let disk = room.disk(&shipped());
-    let devices = [physical("one", "0000:01:00.0"), physical("two", "0000:02:00.0")].concat();
-    let local = config("local", &devices, [&of("one"), &of("two")], "");
-    disk.put("DRAY-CONFIG", "local.toml", local.as_bytes());
-    let status = free_port();
+    let noise: Vec<u8> = (0..DRIVE).map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8 | 1).collect();
+    std::fs::write(&files[0], &noise).expect("the drive's contents");
+    let disk = room.disk(&serving_drives());
+    let (served, status) = (free_port(), free_port());
     let boot = Boot::Direct { words: String::new(), disk: Some(disk.path().into()) };
-    let machine = Machine::new("cut", room.folder(), boot).forward(status, STATUS);
+    let machine = Machine::new("cut", room.folder(), boot).forward(status, STATUS).forward(served, SERVED);
     let machine = machine.drive("one", &files[0]).drive("two", &files[1]);
     let mut image = Image::boot(&machine, SERVING);
-    image.tell("demo --config /config/local.toml --destroys-data --settle 1000 --json");
-    // A copy has begun when a block of the destination has something else than nothing and what it was filled with.
+    let mut host = Host::connect(served, SOON).unwrap_or_else(|why| panic!("{}", image.story(&why)));
+    let mut ledger = Ledger::new();
+    for _ in 0..200 {
+        assert!(ledger.write(&mut host), "{}", image.story("a write fails"));
+    }
+    ledger.check(&mut host, &image);
+    image.tell("migrate source --to destination");
+    // It copies when something is on the other drive, which was empty. The host writes on, and does not know when the power goes.
     let (file, mut block) = (File::open(&files[1]).expect("the drive"), [0; 4096]);
     let end = Instant::now() + MIGRATION;
-    let copied = |block: &[u8]| block.iter().any(|byte| ![0, STALE].contains(byte));
-    while !(0..DRIVE / 4096).step_by(7).any(|at| file.read_exact_at(&mut block, at * 4096).is_ok() && copied(&block)) {
-        assert!(Instant::now() < end, "{}", image.story("nothing is copied"));
-        std::thread::sleep(Duration::from_millis(5));
+    while !(0..DRIVE / 4096).step_by(64).any(|at| file.read_exact_at(&mut block, at * 4096).is_ok() && block != [0; 4096]) {
+        assert!(Instant::now() < end && ledger.write(&mut host), "{}", image.story("nothing is copied"));
     }
     image.kill();
+    drop(host);
     let mut image = Image::boot(&machine, SERVING);
-    let summary = demo(&mut image, "demo --config /config/local.toml --resume --settle 500 --json");
-    eprintln!("after the power cut: {}", summary["found"]);
+    let mut host = Host::connect(served, SOON).unwrap_or_else(|why| panic!("{}", image.story(&why)));
+    ledger.check(&mut host, &image);
+    let found = json(&image.run("status --json"));
+    eprintln!("after the power cut: {}", found["records"]);
+    if found["migration"]["serving"] == "source" {
+        let (code, said) = image.command("migrate source --to destination", MIGRATION);
+        assert!(code == 0, "{}", image.story(&format!("the migration ended with {code}: {said}")));
+    }
+    ledger.check(&mut host, &image);
+    drop(host);
     let log = image.off();
     assert_eq!(count(&log, "power off"), 1, "{log:#?}");
     check(&disk);
+    assert_eq!(different(&files[0], &files[1]), 0);
 }

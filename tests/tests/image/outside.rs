@@ -123,27 +123,36 @@ impl Host {
 
     /// Reads blocks of 512 bytes.
     pub fn read(&mut self, slba: u64, blocks: u32) -> Result<Vec<u8>, String> {
-        let now = |began: Instant| Time::from_us(u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX));
         let len = blocks as usize * 512;
+        self.command(&SubmissionEntry::read(1, slba, blocks), len)?;
+        let mut bytes = vec![0; len];
+        self.buffer.part(0, len).ok_or("too much")?.read(&mut bytes);
+        Ok(bytes)
+    }
+
+    /// Writes blocks of 512 bytes, onto stable storage.
+    pub fn write(&mut self, slba: u64, bytes: &[u8]) -> Result<(), String> {
+        self.buffer.part(0, bytes.len()).ok_or("too much")?.write(bytes);
+        let blocks = u32::try_from(bytes.len() / 512).map_err(|error| error.to_string())?;
+        self.command(&SubmissionEntry::write(1, slba, blocks).with_fua(), bytes.len())
+    }
+
+    fn command(&mut self, entry: &SubmissionEntry, len: usize) -> Result<(), String> {
+        let now = |began: Instant| Time::from_us(u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX));
         let data = self.buffer.part(0, len).ok_or("too much")?;
-        let entry = SubmissionEntry::read(1, slba, blocks);
-        self.queue.submit(now(self.began), &entry, &[data], 0).map_err(|error| error.to_string())?;
+        self.queue.submit(now(self.began), entry, &[data], 0).map_err(|error| error.to_string())?;
         self.queue.commit();
         let (mut ended, end): (Option<Completion>, _) = (None, Instant::now() + Duration::from_secs(60));
         while ended.is_none() {
             let _again = self.initiator.poll(now(self.began));
             self.queue.poll(now(self.began), &mut |completion| ended = Some(completion));
             if Instant::now() > end {
-                return Err("a read is not answered".into());
+                return Err("a command is not answered".into());
             }
             std::thread::yield_now();
         }
         match ended {
-            Some(Completion { unknown: false, status, .. }) if !status.is_error() => {
-                let mut bytes = vec![0; len];
-                data.read(&mut bytes);
-                Ok(bytes)
-            }
+            Some(Completion { unknown: false, status, .. }) if !status.is_error() => Ok(()),
             Some(completion) => Err(format!("{} (unknown: {})", completion.status, completion.unknown)),
             None => Err("no completion".into()),
         }

@@ -165,7 +165,7 @@ fn a_console_that_nobody_reads_is_obeyed_all_the_same() {
 fn what_never_comes_back_is_waited_for_so_long_and_no_longer() {
     let (hold, held) = channel::<()>();
     let start = Instant::now();
-    within(Duration::from_millis(20), move || drop(held.recv()));
+    within(Duration::from_millis(20), move || _ = held.recv());
     assert!(start.elapsed() >= Duration::from_millis(20));
     drop(hold);
     let done = Arc::new(AtomicBool::new(false));
