@@ -193,7 +193,7 @@ fn what_is_mounted_is_not_changed(guest: &mut Drive) {
     }
     guest.run("dray passthru /dev/PLAIN --opcode 2 --cdw12 7 --data-len 4KiB --output /tmp/first");
     let said = fails(guest, "dray passthru /dev/PLAIN --opcode 1 --cdw12 7 --input /tmp/first", 2);
-    has(guest, &said, &["Write would change what is in use: BLOCK (mounted on /mnt)", "--force"]);
+    has(guest, &said, &["Write would change what is in use: BLOCK is mounted at /mnt", "--force"]);
     let said = fails(guest, "dray passthru /dev/nvme0 --admin --opcode 0x80 --nsid 1", 2);
     has(guest, &said, &["Format NVM would change", "/mnt"]);
     guest.run("dray passthru /dev/PLAIN --opcode 1 --cdw12 7 --input /tmp/first --force");
