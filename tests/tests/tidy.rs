@@ -150,6 +150,8 @@ fn no_clock_no_thread_no_chance_and_no_socket_inside() {
 /// Whether a line of code has the keyword.
 fn is_unsafe(line: &str) -> bool {
     let keyword = concat!("un", "safe");
+    // A value of the configuration (`iommu`), which is no code.
+    let line = line.replace(concat!("un", "safe-none"), "");
     line.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == keyword)
 }
 
