@@ -3,6 +3,7 @@
 //! Physical functions and controllers that the kernel owns are tried in virtual machines (`vfio_guest.rs`, `passthru_guest.rs`, `image`).
 #![allow(missing_docs)]
 
+use dray_tests::dray_in_guest::binary;
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -10,13 +11,6 @@ use std::process::{Child, Command, Output, Stdio};
 
 const HOST: &str = "nqn.2014-08.org.nvmexpress:uuid:00000000-0000-0000-0000-00000000d001";
 const FAR: &str = "nqn.2026-11.org.example:far";
-
-/// The binary beside this test's folder: `cargo test --workspace` builds both.
-fn binary() -> PathBuf {
-    let test = std::env::current_exe().expect("this test");
-    let folder = test.ancestors().find(|folder| folder.join("dray").is_file());
-    folder.unwrap_or_else(|| panic!("no dray beside {}: cargo build --workspace", test.display())).join("dray")
-}
 
 struct Place(PathBuf);
 
