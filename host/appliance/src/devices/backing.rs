@@ -1,7 +1,7 @@
 //! A namespace of a device as the backing of one of ours.
 
 use super::open::{DeviceError, OpenDevice};
-use super::reservation::respect;
+use super::reservation::{Asked, respect};
 use dray_controller::CommandBacking;
 use dray_device::backing::{Backing, BackingInfo, BackingRequest, Submitted};
 use dray_device::memory::{DmaBuffer, Pages};
@@ -60,7 +60,8 @@ impl DeviceBacking {
         let bounce = device.space().map(|space| space.map(&memory, true)).transpose().map_err(|error| failed(&error))?;
         let backing = device.queue(nsid).and_then(|mut queue| {
             if device.is_reservable(nsid) {
-                respect(device, &mut *queue, nsid, &memory)?;
+                let cntlid = device.identify().map_or(0, |identify| identify.cntlid);
+                respect(Asked { device: device.name(), cntlid, nsid, clock: device.clock() }, &mut *queue, &memory)?;
             }
             CommandBacking::new(queue, config, &memory).map_err(|error| failed(&error))
         });

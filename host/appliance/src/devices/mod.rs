@@ -30,6 +30,8 @@ struct Opened {
     devices: BTreeMap<String, Weak<OpenDevice>>,
     /// I/O address spaces that several functions share.
     spaces: BTreeMap<String, Weak<VfioSpace>>,
+    /// Spaces of guests, for devices that are opened later: a media move goes to one while guests are there.
+    guests: Vec<AddressSpace>,
 }
 
 /// The devices that are open. Clones are the same.
@@ -59,6 +61,7 @@ impl Devices {
         }
         let file = config.device(name).ok_or_else(|| DeviceError::Unknown(name.to_owned()))?;
         let device = OpenDevice::open(config, file, &mut opened.spaces)?;
+        opened.guests.iter().try_for_each(|space| device.follow(space))?;
         opened.devices.insert(name.to_owned(), Arc::downgrade(&device));
         Ok(device)
     }
@@ -91,12 +94,14 @@ impl Devices {
         self.lock().devices.values().filter_map(Weak::upgrade).collect()
     }
 
-    /// Lets the devices that are open follow the memory of a guest, so that data goes straight between the two.
+    /// Lets devices follow the memory of a guest, those that are open and those to come, so that data goes straight between the two.
     ///
     /// # Errors
     /// [`DeviceError`].
     pub fn follow(&self, space: &AddressSpace) -> Result<(), DeviceError> {
-        self.all().iter().try_for_each(|device| device.follow(space))
+        let mut opened = self.lock();
+        opened.guests.push(space.clone());
+        opened.devices.values().filter_map(Weak::upgrade).try_for_each(|device| device.follow(space))
     }
 }
 

@@ -8,14 +8,15 @@ use crate::core::clock::Clock;
 use dray_controller::{CommandBackingConfig, UsesMemory};
 use dray_device::command::CommandQueue;
 use dray_device::pci::{Inventory, PciAddress};
-use dray_device::poll::Time;
 use dray_device::space::AddressSpace;
 use dray_device::vfio::{IommuChoice, VfioConfig, VfioFunction, VfioSpace};
-use dray_driver::passthru::node::namespace_device;
+use dray_driver::passthru::node::{block_devices, namespace_device};
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::identify::{Cns, CommandSetId, IDENTIFY_BYTES, IdentifyController, IdentifyNamespace};
 use dray_nvme::status::Status;
+use rustix::fs::{Mode, OFlags};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -89,8 +90,8 @@ impl Shared {
 /// A device that is open.
 pub struct OpenDevice {
     shared: Arc<Shared>,
-    /// Namespaces that are backings.
-    taken: Mutex<BTreeSet<u32>>,
+    /// Namespaces that are backings, with what keeps others of this machine from them meanwhile.
+    taken: Mutex<BTreeMap<u32, Vec<File>>>,
     /// What is known of namespaces, as of the last time that somebody asked the device.
     known: Mutex<BTreeMap<u32, CommandBackingConfig>>,
     /// Namespaces that hosts can reserve (RESCAP).
@@ -245,22 +246,25 @@ impl OpenDevice {
         Ok(())
     }
 
-    /// Keeps a namespace for one backing.
+    /// Keeps a namespace for one backing: of this process, and of this machine where the kernel owns it.
     pub(super) fn take(&self, nsid: u32) -> Result<(), DeviceError> {
+        let kernels = if let Admin::Kernel(_, path) = &*self.shared.admin() { Some(path.clone()) } else { None };
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        match taken.insert(nsid) {
-            true => Ok(()),
-            false => Err(self.namespace_error(nsid, "is in use already")),
+        if taken.contains_key(&nsid) {
+            return Err(self.namespace_error(nsid, "is in use already"));
         }
+        let claims = kernels.map_or_else(|| Ok(Vec::new()), |controller| self.claim(nsid, &controller))?;
+        taken.insert(nsid, claims);
+        Ok(())
     }
 
     pub(super) fn give_back(&self, nsid: u32) {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(&nsid);
     }
 
-    /// The time of its thread.
-    pub(super) fn now(&self) -> Time {
-        self.shared.clock.now()
+    /// The clock of its thread.
+    pub(super) fn clock(&self) -> Clock {
+        self.shared.clock
     }
 
     /// Whether a host can have reserved a namespace.
@@ -288,12 +292,7 @@ impl OpenDevice {
         let page = admin.ask(name, "Identify Namespace", clock, &entry, IDENTIFY_BYTES)?;
         let identify = IdentifyNamespace::read_from_bytes(&page[..]).map_err(|_| self.namespace_error(nsid, "has no description"))?;
         let controller = admin.identify().copied().ok_or_else(|| self.namespace_error(nsid, "is of a controller without Identify"))?;
-        let kernel = if let Admin::Kernel(_, path) = &*admin { Some(path.clone()) } else { None };
         drop(admin);
-        if let Some(path) = kernel {
-            let path = namespace_device(&path, nsid).map_err(|error| DeviceError::failed(name, &error))?;
-            self.nobody_uses(nsid, &path)?;
-        }
         let config = self.served(nsid, &identify, &controller)?;
         if controller.oncs.reservations() && identify.rescap != 0 {
             self.reservable.lock().unwrap_or_else(PoisonError::into_inner).insert(nsid);
@@ -334,12 +333,20 @@ impl OpenDevice {
         })
     }
 
-    /// A namespace that the kernel has a filesystem on is not ours to write.
-    fn nobody_uses(&self, nsid: u32, path: &Path) -> Result<(), DeviceError> {
+    /// Takes the kernel's block devices of a namespace for us alone: what is mounted there is not ours to write, and nothing can be
+    /// mounted, nor taken by another appliance, as long as we have it.
+    fn claim(&self, nsid: u32, controller: &Path) -> Result<Vec<File>, DeviceError> {
+        let path = namespace_device(controller, nsid).map_err(|error| DeviceError::failed(self.name(), &error))?;
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let blocks = dray_driver::passthru::node::block_devices(&name, Path::new("/sys"));
+        let blocks = block_devices(&name, Path::new("/sys"));
         let uses = crate::cli::passthru::uses(&blocks);
-        if uses.is_empty() { Ok(()) } else { Err(self.namespace_error(nsid, &format!("is in use: {}", uses.join(", ")))) }
+        if !uses.is_empty() {
+            return Err(self.namespace_error(nsid, &format!("is in use: {}", uses.join(", "))));
+        }
+        let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
+        let open = |block: &String| rustix::fs::open(Path::new("/dev").join(block), flags, Mode::empty()).map(File::from);
+        let claims: Result<Vec<_>, _> = blocks.iter().map(open).collect();
+        claims.map_err(|error| self.namespace_error(nsid, &format!("cannot be had for us alone: {error}")))
     }
 }
 
