@@ -217,6 +217,7 @@ impl Arena {
     ///
     /// # Errors
     /// [`MemoryError`].
+    #[cfg(not(loom))]
     pub(crate) fn map_bar(fd: OwnedFd, offset: u64, len: usize, writable: bool) -> Result<Arc<Self>, MemoryError> {
         let mut arena = Self::map_part(fd, (offset, len), PAGE, writable).map_err(|source| MemoryError::Kernel { len, source })?;
         let start = arena.base.as_ptr() as usize - arena.mapped.0;
