@@ -222,7 +222,7 @@ impl Field {
         for part in &self.parts {
             match &part.raw {
                 Value::Bool(false) => not.push(part.name),
-                Value::Bool(true) => writeln!(out, "{:1$}+ {2:<10}{3}", "", LABEL, part.name, part.meaning)?,
+                Value::Bool(true) => writeln!(out, "{:1$}+ {2:<9} {3}", "", LABEL, part.name, part.meaning)?,
                 raw => writeln!(out, "{:1$}  {2:<10}{3:<6}  {4}", "", LABEL, part.name, raw.to_string(), part.meaning)?,
             }
         }
