@@ -104,6 +104,14 @@ start() { # NAME COMMAND…: a step that goes on while others run
 
 running() { [ ! -e "/tmp/$1.code" ] || { cat "/tmp/$1.log"; fail "$1 has ended"; }; }
 
+stop() { # WORDS: who has them in its command line is told to end
+    for program in /proc/[0-9]*; do
+        words=" $(tr '\0' ' ' <"$program/cmdline" 2>/dev/null) "
+        case "$words" in *" $* "*) kill -TERM "${program#/proc/}"; return 0 ;; esac
+    done
+    fail "nobody runs $*"
+}
+
 finish() { # NAME [SECONDS]: its end
     await "${2:-300}" test -s "/tmp/$1.code"
     cat "/tmp/$1.log"

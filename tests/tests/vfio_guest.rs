@@ -1,8 +1,8 @@
 //! Physical functions through VFIO, in a stock guest: QEMU's own NVMe controllers behind an emulated IOMMU, which nobody here
 //! wrote, and the `dray` binary inside. What VFIO needs of a kernel is not there where tests run, so this is where it is tried.
 //!
-//! Two boots: one machine with drives that are listed, taken, identified, formatted, exercised, given back and pulled out; one
-//! with a drive that has virtual functions.
+//! Three boots: one machine with drives that are listed, taken, identified, formatted, exercised, given back and pulled out; one
+//! with a drive that has virtual functions; one in which the README's commands are run as they are written.
 
 use dray_tests::dray_in_guest::Initrd;
 use dray_tests::guest::{self, Guest, Machine, STEP, Trouble};
@@ -28,8 +28,12 @@ impl Folder {
     }
 
     fn drive(&self, name: &str) -> PathBuf {
+        self.drive_of(name, DRIVE)
+    }
+
+    fn drive_of(&self, name: &str, bytes: u64) -> PathBuf {
         let file = self.0.join(name);
-        fs::File::create(&file).and_then(|file| file.set_len(DRIVE)).expect("a drive");
+        fs::File::create(&file).and_then(|file| file.set_len(bytes)).expect("a drive");
         file
     }
 }
@@ -39,7 +43,6 @@ impl Drop for Folder {
         let _gone = fs::remove_dir_all(&self.0);
     }
 }
-
 
 /// A `dray` command in the guest. Its output goes through a pipe: messages are not for a terminal.
 fn command(words: &str) -> String {
@@ -249,5 +252,73 @@ fn virtual_functions_get_queues_and_interrupts_and_work() {
     assert!(good(&mut guest, &format!("device vfs {at} 0")).contains("no virtual functions"));
     guest.run(&format!("await 60 test ! -e /sys/bus/pci/devices/{first}"));
     assert_eq!(drive(&mut guest, "parent")["virtual_functions"], Value::Array(Vec::new()));
+    behind_a_physical_function_of_ours(&mut guest, &at);
+    guest.off();
+}
+
+/// The physical function is ours as well, as long as the command runs: its virtual functions open for who knows the token.
+fn behind_a_physical_function_of_ours(guest: &mut Guest, at: &str) {
+    const TOKEN: &str = "83f69257-0c9b-4b4f-a3e9-b4bb1d3c2a55";
+    good(guest, &format!("device bind {at}"));
+    guest.run("echo Y >/sys/module/vfio_pci/parameters/enable_sriov");
+    guest.run(&format!("start vfs 'dray device vfs {at} 2 --vf-token {TOKEN}'"));
+    guest.run("await 120 grep -q 'VF token' /tmp/vfs.log");
+    let functions: Vec<_> = functions(guest).iter().filter(|one| !one["physical_function"].is_null()).map(address).collect();
+    assert_eq!(functions.len(), 2);
+    let one = &functions[0];
+    for wrong in [String::new(), format!(" --vf-token {}", TOKEN.replace('5', "6"))] {
+        let said = refused(guest, &format!("device identify pci:{one}{wrong}"));
+        assert!(said.contains("token"), "{said}");
+    }
+    let exercise = format!("device exercise pci:{one} --vf-token {TOKEN} --nsid 1 --bytes 2MiB --seed 4 --destroys-data --json");
+    let said = json(&good(guest, &exercise));
+    assert_eq!(said["verified"], true, "{said:#}");
+    // They go with it.
+    guest.run(&format!("stop device vfs {at}"));
+    guest.run("finish vfs 120");
+    assert_eq!(drive(guest, "parent")["virtual_functions"], Value::Array(Vec::new()));
+    assert!(good(guest, &format!("device unbind {at}")).contains("the driver nvme has it now"));
+}
+
+/// The commands of README's section "On hardware", without their comments.
+fn commands_of_the_readme() -> Vec<String> {
+    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).expect("the README");
+    let section = readme.split("\n## ").find(|section| section.starts_with("On hardware\n")).expect("its section");
+    let lines = section.lines().filter_map(|line| line.strip_prefix("    dray "));
+    lines.map(|line| line.split(" #").next().unwrap_or(line).trim().to_owned()).collect()
+}
+
+#[test]
+fn the_readmes_commands_run_as_they_are_written() {
+    let commands = commands_of_the_readme();
+    assert!(commands.len() >= 8 && commands.iter().any(|line| line.starts_with("device bind ")), "{commands:?}");
+    let _turn = guest::turn();
+    let folder = Folder::new("readme");
+    let file = folder.drive_of("drive.img", 128 << 20);
+    let initrd = Initrd::with_dray();
+    // What the README's reader has: a drive with virtual functions, 0000:01:00.0, which the kernel calls nvme0.
+    let machine = Machine::new("vfio-readme").iommu().initrd(initrd.path()).qemu(&[
+        "-device",
+        "nvme-subsys,id=subsys,nqn=shared",
+        "-device",
+        "pcie-root-port,id=rp,slot=1,chassis=1",
+        "-device",
+        "nvme,id=nv,serial=readme,subsys=subsys,bus=rp,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
+        "-drive",
+        &format!("file={},if=none,id=disk,format=raw", file.display()),
+        "-device",
+        "nvme-ns,drive=disk,bus=nv,nsid=1,shared=on",
+    ]);
+    let mut guest = Guest::boot(&machine);
+    guest.run("await 60 test -c /dev/ng0n1");
+    assert_eq!(address(&drive(&mut guest, "readme")), "0000:01:00.0");
+    for line in &commands {
+        let begun = Instant::now();
+        let said = good(&mut guest, line);
+        eprintln!("dray {line}: {:.1} s\n{said}", begun.elapsed().as_secs_f64());
+        assert!(!said.trim().is_empty(), "`dray {line}` says nothing");
+    }
+    // As it was found, but for what was written.
+    assert_eq!(drive(&mut guest, "readme")["owner"], "nvme");
     guest.off();
 }

@@ -168,7 +168,9 @@ fn drives_are_taken_tried_moved_served_and_pulled_out() {
     // Where the firmware puts functions behind ports of their own is looked at below.
     let at = ["0000:01:00.0", "0000:02:00.0", "0000:03:00.0"];
     let [two, three] = [physical("two", at[1]), physical("three", at[2])];
-    let local = config("local", &[&two[..], &three].concat(), [&of("two"), &of("three")], "");
+    // Both functions see the same memory at the same addresses.
+    let pair = [&two, &three].map(|device| format!("{device}space = \"pair\"\n"));
+    let local = config("local", &pair.concat(), [&of("two"), &of("three")], "");
     let far = config("far", &[&three[..], &target.device("10.0.2.2")].concat(), [&of("three"), &of("far")], "");
     for (name, text) in [("local.toml", &local), ("far.toml", &far)] {
         disk.put("DRAY-CONFIG", name, text.as_bytes());

@@ -8,6 +8,7 @@ mod boots;
 mod builds;
 mod drives;
 mod outside;
+mod readme;
 mod room;
 mod trouble;
 mod update;
