@@ -10,6 +10,7 @@ use dray_policy::role::{Cdq, Copy, Tracking};
 use dray_policy::seam::{Factory, Seat};
 use dray_sandbox::{Budget, Limits, LoadError, Pin, Sandbox, SandboxConfig, SandboxRole};
 use std::path::{Path, PathBuf};
+use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 /// Opening an instance may take longer than a call.
@@ -71,14 +72,18 @@ pub fn sandbox(policy: &Policy, cache: Option<PathBuf>, compiled: Option<PathBuf
 /// # Errors
 /// [`PolicyError`]: a component that is refused is never replaced in silence.
 pub fn seat(config: &Config, clock: Clock) -> Result<(Seats, PolicyHost), PolicyError> {
-    let mut tickers = Vec::new();
     let policy = &config.file.policy;
-    let seats = Seats {
-        cdq: one::<Cdq>(config, &policy.cdq, clock, &mut tickers)?,
-        tracking: one::<Tracking>(config, &policy.tracking, clock, &mut tickers)?,
-        copy: one::<Copy>(config, &policy.copy, clock, &mut tickers)?,
-    };
-    Ok((seats, PolicyHost { _tickers: tickers }))
+    // They have nothing to do with each other, and take a good part of a start.
+    let (cdq, tracking, copy) = std::thread::scope(|scope| {
+        let thread = |name: &str| std::thread::Builder::new().name(name.into());
+        let cdq = thread("dray-load-cdq").spawn_scoped(scope, || one::<Cdq>(config, &policy.cdq, clock));
+        let tracking = thread("dray-load-track").spawn_scoped(scope, || one::<Tracking>(config, &policy.tracking, clock));
+        let copy = one::<Copy>(config, &policy.copy, clock);
+        (joined(cdq), joined(tracking), copy)
+    });
+    let ((cdq, of_cdq), (tracking, of_tracking), (copy, of_copy)) = (cdq?, tracking?, copy?);
+    let seats = Seats { cdq, tracking, copy };
+    Ok((seats, PolicyHost { _tickers: [of_cdq, of_tracking, of_copy].into_iter().flatten().collect() }))
 }
 
 /// More seats for the queues' policy: each controller that moves has its own queue.
@@ -86,8 +91,12 @@ pub fn seat(config: &Config, clock: Clock) -> Result<(Seats, PolicyHost), Policy
 /// # Errors
 /// [`PolicyError`].
 pub fn more_cdq(config: &Config, clock: Clock, count: usize) -> Result<(Vec<Box<dyn Seat<Cdq>>>, PolicyHost), PolicyError> {
-    let mut tickers = Vec::new();
-    let seats = (0..count).map(|_| one::<Cdq>(config, &config.file.policy.cdq, clock, &mut tickers)).collect::<Result<_, _>>()?;
+    let (mut seats, mut tickers) = (Vec::new(), Vec::new());
+    for _ in 0..count {
+        let (seat, of_seat) = one::<Cdq>(config, &config.file.policy.cdq, clock)?;
+        seats.push(seat);
+        tickers.extend(of_seat);
+    }
     Ok((seats, PolicyHost { _tickers: tickers }))
 }
 
@@ -116,17 +125,22 @@ pub fn factory<R: SandboxRole + Native>(
     Ok(Box::new(component.factory()))
 }
 
-fn one<R: SandboxRole + Native>(
-    config: &Config,
-    policy: &Policy,
-    clock: Clock,
-    tickers: &mut Vec<TickerThread>,
-) -> Result<Box<dyn Seat<R>>, PolicyError> {
-    let factory = factory::<R>(config, policy, tickers)?;
+/// What a thread returned, if there is one; its panic is ours.
+fn joined<T>(thread: std::io::Result<ScopedJoinHandle<'_, Result<T, PolicyError>>>) -> Result<T, PolicyError> {
+    thread?.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// A seat, and what keeps its policy going.
+type Seated<R> = (Box<dyn Seat<R>>, Vec<TickerThread>);
+
+fn one<R: SandboxRole + Native>(config: &Config, policy: &Policy, clock: Clock) -> Result<Seated<R>, PolicyError> {
+    let mut tickers = Vec::new();
+    let factory = factory::<R>(config, policy, &mut tickers)?;
     let limits = GuardLimits { max_faults: policy.max_faults.into(), ..GuardLimits::default() };
     let guard = Box::new(Guard::new(factory, Box::new(NativeFactory::<R>::new()), Box::new(clock), limits));
-    Ok(match config.file.core.policies {
+    let seat: Box<dyn Seat<R>> = match config.file.core.policies {
         PolicyPlace::On => guard,
         PolicyPlace::Beside => Box::new(BesideSeat::start(guard)?),
-    })
+    };
+    Ok((seat, tickers))
 }

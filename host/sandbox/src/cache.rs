@@ -25,6 +25,7 @@ use std::hash::{Hash as _, Hasher};
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use wasmtime::{Config, Engine};
 use wasmtime::component::Component;
 
@@ -261,7 +262,9 @@ impl Cache {
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), CacheError> {
-        let beside = format!("{name}.{}", std::process::id());
+        // Two threads may write the same component's code.
+        static WRITES: AtomicU64 = AtomicU64::new(0);
+        let beside = format!("{name}.{}.{}", std::process::id(), WRITES.fetch_add(1, Ordering::Relaxed));
         let written = self.write_beside(&beside, bytes).and_then(|()| {
             rustix::fs::renameat(&self.folder, beside.as_str(), &self.folder, name).map_err(system("rename"))
         });

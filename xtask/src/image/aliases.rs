@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 /// Sets that are loaded whatever is there: their devices come and go while the machine runs.
-const ALWAYS: [&str; 2] = ["vfio", "nvme"];
+pub const ALWAYS: [&str; 2] = ["vfio", "nvme"];
 /// Buses whose devices are all there when the first process starts.
 const BUSES: [&str; 2] = ["pci:", "virtio:"];
 
@@ -16,23 +16,27 @@ pub struct Wanted(BTreeMap<String, Option<BTreeSet<String>>>);
 
 impl Wanted {
     /// Adds a word of a set, `MODULE` or `MODULE+OTHER+…` (the others are wanted where the first one is): these modules and those
-    /// that they need, all of them in `order`.
-    pub fn add(&mut self, set: &str, word: &str, order: &[(String, Vec<u8>)]) {
+    /// that they need, all of them in `order`. Returns their names, in that order.
+    pub fn add<'a>(&mut self, set: &str, word: &str, order: &'a [(String, Vec<u8>)]) -> Vec<&'a str> {
         let mut names: Vec<String> = word.split('+').map(|name| name.replace('-', "_")).collect();
         let module = |name: &str| order.iter().find(|(known, _)| known == name).map(|(_, bytes)| bytes.as_slice());
-        let patterns = if ALWAYS.contains(&set) { None } else { module(&names[0]).and_then(patterns) };
+        let patterns = module(&names[0]).and_then(patterns);
         let mut seen = BTreeSet::new();
         while let Some(name) = names.pop() {
             // What is not there is built into the kernel.
             let Some(bytes) = module(&name).filter(|_| !seen.contains(&name)) else { continue };
             names.extend(needs(bytes));
-            let before = self.0.entry(name.clone()).or_insert_with(|| Some(BTreeSet::new()));
+            seen.insert(name.clone());
+            if ALWAYS.contains(&set) {
+                continue;
+            }
+            let before = self.0.entry(name).or_insert_with(|| Some(BTreeSet::new()));
             match (before.as_mut(), &patterns) {
                 (Some(known), Some(more)) => known.extend(more.iter().cloned()),
                 _ => *before = None,
             }
-            seen.insert(name);
         }
+        order.iter().map(|(name, _)| name.as_str()).filter(|name| seen.contains(*name)).collect()
     }
 
     /// The list for the first process: a module's file, a colon, patterns, per line.
@@ -80,17 +84,23 @@ mod tests {
             module("ext4", "depends= alias=fs-ext4"),
         ];
         let mut wanted = Wanted::default();
-        ["a", "b", "host+stick", "disk", "odd", "ext4", "built-in"].iter().for_each(|word| wanted.add("net", word, &order));
+        let words = ["a", "b", "host+stick", "disk", "odd", "ext4", "built-in"];
+        let chains: Vec<_> = words.iter().map(|word| wanted.add("net", word, &order).join(" ")).collect();
+        assert_eq!(chains, ["lib a", "lib b", "usb_core host stick", "disk", "odd", "ext4", ""]);
         let lines = |wanted: &Wanted| wanted.list().lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
         let found = lines(&wanted);
         let [a, b, disk] = ["a.ko: pci:v1*", "b.ko: virtio:d1v*", "disk.ko: pci:v9*"];
         let (usb, lib) = (["host", "stick", "usb_core"].map(|name| format!("{name}.ko: pci:v*bc0C*")), "lib.ko: pci:v1* virtio:d1v*");
         assert_eq!(found, [a, b, disk, &usb[0], lib, &usb[1], &usb[2]]);
-        // Wanted in any case by another set: so is what it needs.
-        wanted.add("vfio", "a", &order);
-        wanted.add("vfio", "disk", &order);
-        assert_eq!(lines(&wanted), [b, &usb[0], &usb[1], &usb[2]]);
+        // A set that is loaded whatever is there says so itself, and nothing of others.
+        assert_eq!(wanted.add("vfio", "a", &order), ["lib", "a"]);
+        wanted.add("vfio", "lone", &[module("lone", "depends= alias=pci:v5*")]);
+        assert_eq!(lines(&wanted), found);
+        // Wanted in any case by a word: so is what it needs.
+        let fixed = [module("lib", "depends="), module("plain", "depends=lib")];
+        wanted.add("net", "plain", &fixed);
+        assert_eq!(lines(&wanted), [a, b, disk, &usb[0], &usb[1], &usb[2]]);
         wanted.add("disk", "a", &order);
-        assert_eq!(lines(&wanted), [b, &usb[0], &usb[1], &usb[2]], "once in any case, always in any case");
+        assert_eq!(lines(&wanted), [a, b, disk, &usb[0], &usb[1], &usb[2]], "once in any case, always in any case");
     }
 }

@@ -3,7 +3,7 @@
 //! There is no shell and no program but ours in it (`--debug` adds busybox). All of it lies in memory; what must stay is on the
 //! state partition.
 
-use super::aliases::Wanted;
+use super::aliases::{ALWAYS, Wanted};
 use super::inputs::Inputs;
 use super::{elf, lz4};
 use crate::Outcome;
@@ -47,13 +47,13 @@ pub fn build(inputs: &Inputs) -> Outcome<(Vec<u8>, usize)> {
     Ok((lz4::compress(&bytes), bytes.len()))
 }
 
-/// Adds every module of every set with those that it needs. Two lists for the first process: a set per line in the order to load,
-/// and what devices the modules are for that are of use with one alone.
+/// Adds every module of every set with those that it needs. Two lists for the first process: a set per line, each of its words with
+/// what that needs in the order to load, joined by `+`, after a `!` if no device has to be there for it; and what devices the modules are for that are of use with one alone.
 fn add_modules(archive: &mut Archive, inputs: &Inputs) -> Outcome<(String, String)> {
     let kernel = &inputs.kernel;
     let modules = Modules::find(&kernel.root, &kernel.version, &kernel.unpacker)?;
     let built_in = read_text(&kernel.root.join("usr/lib/modules").join(&kernel.version).join("modules.builtin"))?;
-    let mut list = format!("# Kernel modules of Linux {} by set, in the order to load them.\n", kernel.version);
+    let mut list = format!("# Kernel modules of Linux {} by set; those that are joined by + in this order.\n", kernel.version);
     let mut wanted = Wanted::default();
     for (set, words) in sets("images/modules", &inputs.modules)? {
         let mut order = Vec::new();
@@ -63,15 +63,20 @@ fn add_modules(archive: &mut Archive, inputs: &Inputs) -> Outcome<(String, Strin
             }
             modules.add(name, &mut order)?;
         }
-        words.iter().for_each(|word| wanted.add(&set, word, &order));
         list.push_str(&set);
         list.push(':');
-        for (name, bytes) in order {
-            // Writing to a String cannot fail.
-            let _ = write!(list, " {name}.ko");
-            archive.file(&format!("lib/modules/{}/{name}.ko", kernel.version), bytes, false);
+        let mark = if ALWAYS.contains(&set.as_str()) { "!" } else { "" };
+        for word in &words {
+            let chain: Vec<_> = wanted.add(&set, word, &order).into_iter().map(|name| format!("{name}.ko")).collect();
+            if !chain.is_empty() {
+                // Writing to a String cannot fail.
+                let _ = write!(list, " {mark}{}", chain.join("+"));
+            }
         }
         list.push('\n');
+        for (name, bytes) in order {
+            archive.file(&format!("lib/modules/{}/{name}.ko", kernel.version), bytes, false);
+        }
     }
     Ok((list, wanted.list()))
 }

@@ -12,7 +12,7 @@
 //! console = "ttyS1"              # a serial line that takes dray commands, a line each; none without it
 //! status = "0.0.0.0:4480"        # the status page (HTTP, read-only); "off" for none
 //! log-size = "8MiB"              # what the log on the state partition takes at most
-//! modules = ["net", "vfio"]      # sets of kernel modules, in this order; all that the image has without it
+//! modules = ["net", "vfio"]      # sets of kernel modules, in this order (net first); all that the image has without it
 //! ```
 
 use super::check::{Problem, problem};

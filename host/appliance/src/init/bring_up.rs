@@ -4,12 +4,15 @@ use super::board::Board;
 use super::cmdline::CommandLine;
 use super::journal::Journal;
 use super::modalias::{self, Aliases};
+use super::loader::{Loader, PATIENCE, Rank, Ticket};
 use super::modules::{self, Loaded, Module, Sets};
 use super::mounts;
+use crate::assembly::file_of;
+use crate::config::device::{Device, Way};
 use crate::config::image::{HUGE_PAGE_BYTES, Image};
 use crate::config::{Config, ConfigError};
 use rustix::mount::{MountFlags, mount};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,12 +21,21 @@ use std::time::{Duration, Instant};
 const CARRIED_CONFIG: &str = "/etc/dray/appliance.toml";
 /// The configuration's file in its partition.
 const CONFIG_FILE: &str = "/config/appliance.toml";
-/// How long the partitions of a disk that was booted are waited for.
+/// How long the partitions of a disk that was booted are waited for, when the drivers of disks are there.
 const DISK_PATIENCE: Duration = Duration::from_secs(20);
-/// How long those of a disk that may not be there are: a kernel that was booted directly.
+/// How long those of a disk that may not be there are, where something brings disks some time after its driver: a kernel that was
+/// booted directly.
 const DIRECT_PATIENCE: Duration = Duration::from_millis(1500);
-/// How often they are looked for.
-const LOOK: Duration = Duration::from_millis(5);
+/// The set with the file system of the configuration's partition.
+const FAT_SET: &str = "fat";
+/// That with the file system of the state's.
+const EXT4_SET: &str = "ext4";
+/// Those with disks.
+const DISK_SETS: [&str; 2] = ["disk", "scsi"];
+/// That with network cards.
+const NET_SET: &str = "net";
+/// How often they are looked for: each time takes a processor a millisecond or two where it is emulated.
+const LOOK: Duration = Duration::from_millis(15);
 /// Most descriptors of a process.
 const DESCRIPTORS: u64 = 65_536;
 
@@ -52,7 +64,10 @@ pub struct BringUp {
     pub line: CommandLine,
     /// The sets of modules.
     pub sets: Sets,
-    loaded: BTreeSet<String>,
+    /// Loads them.
+    pub loader: Loader,
+    /// Sets that were put into its queue.
+    begun: BTreeMap<String, Vec<Ticket>>,
     aliases: Aliases,
     /// Modules that were left out: none of their devices was there.
     left_out: BTreeSet<PathBuf>,
@@ -72,8 +87,10 @@ impl BringUp {
             journal.say(&format!("{} has a line that says nothing: {odd}", modules::LIST));
         }
         let aliases = Aliases::parse(&std::fs::read_to_string(modalias::LIST).unwrap_or_default());
-        let (loaded, left_out) = (BTreeSet::new(), BTreeSet::new());
-        Self { line, sets, loaded, aliases, left_out, journal: journal.clone() }
+        let (of_loader, folder, debug) = (journal.clone(), modules::folder(), line.debug);
+        let loader = Loader::new(move |module| load(&of_loader, &folder, module, debug));
+        let (begun, left_out) = (BTreeMap::new(), BTreeSet::new());
+        Self { line, sets, loader, begun, aliases, left_out, journal: journal.clone() }
     }
 
     /// Settings of the kernel that depend on nothing.
@@ -89,75 +106,115 @@ impl BringUp {
         }
     }
 
-    /// Loads sets of modules. Of those that were loaded before, only what was left out and has a device by now.
-    pub fn load_sets(&mut self, names: &[&str]) {
-        let devices = modalias::devices(Path::new(modalias::BUSES));
+    /// Begins to load sets of modules. Of those that were begun before, only what was left out and has a device by now.
+    fn load_sets(&mut self, rank: Rank, names: &[&str], devices: &[String]) {
         for name in names {
-            let again = !self.loaded.insert((*name).into());
-            let Some(modules) = self.sets.of(name) else {
-                // The first ones need not be there: a kernel may have all of them built in.
-                if !again && !modules::FIRST.contains(name) {
+            let again = self.begun.contains_key(*name);
+            let tickets = self.begun.entry((*name).into()).or_default();
+            let Some(chains) = self.sets.of(name) else {
+                // What is not asked for by name need not be there: a kernel may have all of it built in.
+                if !again && !modules::is_own(name) {
                     let known = self.sets.names().join(", ");
                     self.journal.say(&format!("this image has no set of modules \"{name}\"; there are: {known}"));
                 }
                 continue;
             };
-            for module in modules {
-                let before = self.left_out.contains(&module.path);
-                if again && !before {
-                    continue;
+            let mut wanted = Vec::new();
+            for chain in chains {
+                let mut left = Vec::new();
+                for module in &chain.modules {
+                    let before = self.left_out.contains(&module.path);
+                    if again && !before {
+                        continue;
+                    }
+                    if chain.always || self.aliases.wants(&module.path, devices) {
+                        self.left_out.remove(&module.path);
+                        left.push(module.clone());
+                    } else if !again {
+                        self.left_out.insert(module.path.clone());
+                    }
                 }
-                if self.aliases.wants(&module.path, &devices) {
-                    self.left_out.remove(&module.path);
-                    self.load(module);
-                } else if !before {
-                    self.left_out.insert(module.path.clone());
-                }
+                wanted.extend((!left.is_empty()).then_some(left));
             }
+            tickets.push(self.loader.put(rank, wanted));
         }
     }
 
-    fn load(&self, module: &Module) {
-        let path = module.path.display();
-        match modules::load(&modules::folder(), module) {
-            Loaded::Refused(error) => self.journal.say(&format!("module {path}: {error}")),
-            Loaded::Now if self.line.debug => self.journal.say(&format!("module {path}")),
-            Loaded::Now | Loaded::NotNeeded => {}
+    fn tickets(&self, sets: &[&str]) -> Vec<Ticket> {
+        sets.iter().filter_map(|set| self.begun.get(*set)).flatten().copied().collect()
+    }
+
+    fn wait_for(&self, sets: &[&str]) {
+        if !self.loader.wait(&self.tickets(sets), PATIENCE) {
+            let seconds = PATIENCE.as_secs();
+            self.journal.say(&format!("modules of {} are not loaded after {seconds} s; the start goes on", sets.join(", ")));
         }
     }
 
-    /// Waits for the partitions that are needed, and mounts them.
-    pub fn mount_partitions(&self, board: &Board) -> StatePlace {
-        let wants_config = self.line.config.is_none();
-        let wants_state = !self.line.state_in_memory;
-        let patience = if self.line.slot.is_some() { DISK_PATIENCE } else { DIRECT_PATIENCE };
-        let end = Instant::now() + patience;
+    /// Begins with what is needed before the configuration is known.
+    pub fn begin(&mut self) {
+        let mut sets = modules::FIRST;
+        if self.line.slot.is_none() {
+            // Whether there is a disk at all is known last.
+            sets.reverse();
+        }
+        if self.wants_config() || self.wants_state() {
+            self.load_sets(Rank::Now, &sets, &modalias::devices(Path::new(modalias::BUSES)));
+        }
+    }
+
+    fn wants_config(&self) -> bool {
+        self.line.config.is_none()
+    }
+
+    fn wants_state(&self) -> bool {
+        !self.line.state_in_memory
+    }
+
+    /// Waits for the partitions that are needed, and mounts that of the configuration.
+    pub fn find_partitions(&self) {
+        let wanted: Vec<_> = [(self.wants_config(), mounts::CONFIG), (self.wants_state(), mounts::STATE)]
+            .into_iter()
+            .filter_map(|(wanted, name)| wanted.then_some(name))
+            .collect();
+        let disks = self.tickets(&DISK_SETS);
+        let (mut loaded, mut end) = (false, Instant::now() + PATIENCE);
         loop {
-            let config = !wants_config || mounts::find(mounts::CONFIG).is_some();
-            let state = !wants_state || mounts::find(mounts::STATE).is_some();
-            if (config && state) || Instant::now() >= end {
+            // Looked at before the partitions: what is there when the drivers are is seen.
+            if !loaded && disks.iter().all(|ticket| self.loader.is_done(*ticket)) {
+                loaded = true;
+                end = Instant::now() + self.patience();
+            }
+            if mounts::are_there(&wanted) || Instant::now() >= end {
                 break;
             }
             std::thread::sleep(LOOK);
         }
-        if wants_config {
+        // Other disks have time, and what mounts partitions that are not there.
+        let mut have_time = disks;
+        for (name, set) in [(mounts::CONFIG, FAT_SET), (mounts::STATE, EXT4_SET)] {
+            have_time.extend(mounts::find(name).map_or_else(|| self.tickets(&[set]), |_| Vec::new()));
+        }
+        self.loader.set_rank(&have_time, Rank::Later);
+        if self.wants_config() {
             self.mount_config();
         }
-        let place = if wants_state { self.mount_state() } else { memory() };
-        board.set(|known| {
-            known.state = match &place {
-                StatePlace::Partition => format!("the partition {}", mounts::STATE),
-                StatePlace::Memory => "in memory: lost when the power goes".into(),
-                StatePlace::Nowhere(why) => why.clone(),
-            };
-        });
-        place
+    }
+
+    /// How long partitions are waited for when the drivers of all disks are there.
+    fn patience(&self) -> Duration {
+        if self.line.slot.is_some() {
+            return DISK_PATIENCE;
+        }
+        let devices = modalias::devices(Path::new(modalias::BUSES));
+        if modalias::may_bring_disks_later(&devices) { DIRECT_PATIENCE } else { Duration::ZERO }
     }
 
     /// Mounts the configuration's partition, if it is there.
     pub fn mount_config(&self) {
         let Some((partition, more)) = mounts::find(mounts::CONFIG) else { return };
         self.say_more(&partition, more);
+        self.wait_for(&[FAT_SET]);
         if let Err(error) = mounts::mount_config(&partition) {
             self.journal.say(&error.to_string());
         }
@@ -170,7 +227,20 @@ impl BringUp {
         }
     }
 
-    fn mount_state(&self) -> StatePlace {
+    /// Mounts the state's partition, if it is there and wanted.
+    pub fn mount_state(&self, board: &Board) -> StatePlace {
+        let place = if self.wants_state() { self.mount_state_partition() } else { memory() };
+        board.set(|known| {
+            known.state = match &place {
+                StatePlace::Partition => format!("the partition {}", mounts::STATE),
+                StatePlace::Memory => "in memory: lost when the power goes".into(),
+                StatePlace::Nowhere(why) => why.clone(),
+            };
+        });
+        place
+    }
+
+    fn mount_state_partition(&self) -> StatePlace {
         let Some((partition, more)) = mounts::find(mounts::STATE) else {
             if self.line.slot.is_none() {
                 let what = format!("no partition {}", mounts::STATE);
@@ -180,6 +250,7 @@ impl BringUp {
             return self.no_state(format!("the partition {} is not there", mounts::STATE));
         };
         self.say_more(&partition, more);
+        self.wait_for(&[EXT4_SET]);
         match mounts::mount_state(&partition) {
             Ok(()) => StatePlace::Partition,
             Err(error) => self.no_state(format!("{error}; it is left as it is: repair it, or make it anew with mkfs.ext4")),
@@ -210,13 +281,37 @@ impl BringUp {
         }
     }
 
-    /// Does what `[image]` says of modules, the host's name and huge pages.
-    pub fn apply(&mut self, image: &Image, board: &Board) {
+    /// Begins to load what the configuration needs, and then the rest.
+    pub fn load_modules(&mut self, image: &Image, config: Option<&Config>) {
         let all: Vec<String> = match &image.modules {
             Some(sets) => sets.iter().map(|set| set.get_ref().clone()).collect(),
             None => self.sets.names().into_iter().map(str::to_owned).collect(),
         };
-        self.load_sets(&all.iter().map(String::as_str).collect::<Vec<_>>());
+        let asked = all.iter().map(String::as_str).filter(|set| !modules::is_own(set));
+        let (now, later): (Vec<_>, Vec<_>) = asked.partition(|set| *set == NET_SET || config.is_some_and(wants_hardware));
+        let devices = modalias::devices(Path::new(modalias::BUSES));
+        self.load_sets(Rank::Now, &now, &devices);
+        self.load_sets(Rank::Now, &[modules::POWER], &devices);
+        self.load_sets(Rank::Later, &later, &devices);
+        self.load_sets(Rank::Later, &modules::FIRST, &devices);
+        self.load_sets(Rank::Later, &[modules::LAST], &devices);
+    }
+
+    /// Waits for what the configuration needs before the appliance is started.
+    pub fn wait_for_modules(&self, config: &Config) {
+        if wants_hardware(config) {
+            self.wait_for(&self.begun.keys().map(String::as_str).filter(|set| *set != modules::LAST).collect::<Vec<_>>());
+        }
+    }
+
+    /// Waits until the power button is there, and lets the rest be loaded: nothing else has to be waited for.
+    pub fn settle(&self) {
+        self.wait_for(&[modules::POWER]);
+        self.loader.release();
+    }
+
+    /// Does what `[image]` says of the host's name and huge pages.
+    pub fn apply(&self, image: &Image, board: &Board) {
         let name = image.host_name();
         if let Err(error) = rustix::system::sethostname(name.as_bytes()) {
             self.journal.say(&format!("the host's name cannot be set: {error}"));
@@ -235,6 +330,23 @@ impl BringUp {
             Ok(got) => self.journal.say(&format!("huge pages: {got} of {wanted} pages of 2 MiB; memory has no room for more")),
             Err(error) => self.journal.say(&format!("huge pages cannot be set aside: {error}")),
         }
+    }
+}
+
+/// Whether a configuration opens what the kernel or VFIO has to have a driver for, beside the network and the state partition.
+fn wants_hardware(config: &Config) -> bool {
+    let elsewhere = |path: PathBuf| !path.starts_with(mounts::STATE_FOLDER);
+    let mut namespaces = config.file.subsystems.iter().flat_map(|subsystem| &subsystem.namespaces);
+    let here = |device: &Device| !matches!(device.way(), Some(Way::NvmeTcp(_)));
+    config.file.devices.iter().any(here) || namespaces.any(|namespace| file_of(config, namespace).is_some_and(elsewhere))
+}
+
+fn load(journal: &Journal, folder: &Path, module: &Module, debug: bool) {
+    let (path, begun) = (module.path.display(), Instant::now());
+    match modules::load(folder, module) {
+        Loaded::Refused(error) => journal.say(&format!("module {path}: {error}")),
+        Loaded::Now if debug => journal.say(&format!("module {path} ({} ms)", begun.elapsed().as_millis())),
+        Loaded::Now | Loaded::NotNeeded => {}
     }
 }
 

@@ -2,13 +2,18 @@
 //!
 //! The binary is the image's `/init`. As PID 1 it does not read its arguments; it does, in this order:
 //! 1. mounts the kernel's file systems ([`mounts`]) and reads the kernel's command line ([`cmdline`]),
-//! 2. loads the sets `base` and `disk` of kernel modules ([`modules`]), as far as there are devices for them ([`modalias`]),
-//! 3. waits for the partitions and mounts the configuration and the state ([`mounts`]),
+//! 2. begins to load kernel modules, on threads of their own ([`loader`]): first of all the sets `ext4`, `disk`, `fat` and `scsi`
+//!    ([`modules`]), as far as there are devices for them ([`modalias`]),
+//! 3. waits for the partitions and mounts that of the configuration ([`mounts`]),
 //! 4. reads the configuration, and does what its table `[image]` says ([`crate::config::image`]): modules, host name, huge pages,
 //!    network ([`net`]), and what runs beside the appliance ([`services`]): [`console`], [`status`] page, [`watchdog`], clock
 //!    ([`time`]),
-//! 5. runs the appliance, `dray run --config …`, as a child ([`appliance`]), restarts it when it ends by itself ([`backoff`]),
-//! 6. and waits for what comes ([`supervisor`]): its end, SIGTERM, the power button, `poweroff`, `reboot` and `reload`.
+//! 5. mounts the state,
+//! 6. runs the appliance, `dray run --config …`, as a child ([`appliance`]), restarts it when it ends by itself ([`backoff`]),
+//! 7. and waits for what comes ([`supervisor`]): its end, SIGTERM, the power button, `poweroff`, `reboot` and `reload`.
+//!
+//! Modules that serving on this configuration does not take are loaded while the appliance starts and serves; a command on the
+//! console waits for them.
 //!
 //! What is said goes to the kernel's console and into a log on the state partition ([`journal`]).
 //!
@@ -26,6 +31,7 @@ pub mod bring_up;
 pub mod cmdline;
 pub mod console;
 pub mod journal;
+pub mod loader;
 pub mod modalias;
 pub mod modules;
 pub mod mounts;

@@ -1,7 +1,8 @@
-//! Kernel modules: the lists of `/etc/dray/modules`, loaded in their order.
+//! Kernel modules: the lists of `/etc/dray/modules`.
 //!
-//! A line is a set: its name, a colon, and modules as paths below `/lib/modules/VERSION/`; a set may have several lines, `#`
-//! begins a comment. A module comes after those that it needs. After a blank, a path may be followed by parameters in
+//! A line is a set: its name, a colon, and chains of modules; a set may have several lines, `#` begins a comment. A chain is one
+//! or more modules joined by `+`, which are loaded in this order: a module comes after those that it needs; a `!` in front says that
+//! they are wanted whatever devices are there. Chains may be loaded at the same time ([`super::loader`]). A module is a path below `/lib/modules/VERSION/`, and may be followed by parameters in
 //! parentheses: `kernel/drivers/nvme/host/nvme.ko(poll_queues=2)`.
 //!
 //! Debian's kernels have much of this built in, and hardware is there or not: a module that is not there, is in the kernel
@@ -14,8 +15,19 @@ use std::path::{Path, PathBuf};
 
 /// The list of sets.
 pub const LIST: &str = "/etc/dray/modules";
-/// Sets that are loaded before the configuration is read, since it may be on a disk.
-pub const FIRST: [&str; 2] = ["base", "disk"];
+/// Sets that are loaded before the configuration is read, since it may be on a disk: what mounts the state, disks that are there
+/// as soon as their driver is, what mounts the configuration, and the other disks.
+pub const FIRST: [&str; 4] = ["ext4", "disk", "fat", "scsi"];
+/// The power button: nobody is told that the machine serves who could not switch it off.
+pub const POWER: &str = "power";
+/// What is loaded last, whatever the configuration names: nothing of it is needed to serve.
+pub const LAST: &str = "machine";
+
+/// Whether a set is loaded whatever the configuration names.
+#[must_use]
+pub fn is_own(set: &str) -> bool {
+    FIRST.contains(&set) || [POWER, LAST].contains(&set)
+}
 
 /// A module of a set.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,10 +38,19 @@ pub struct Module {
     pub parameters: String,
 }
 
+/// Modules that are loaded one after the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chain {
+    /// Whatever devices are there.
+    pub always: bool,
+    /// The modules, those that others need first.
+    pub modules: Vec<Module>,
+}
+
 /// Sets of modules, in the order of the list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sets {
-    sets: Vec<(String, Vec<Module>)>,
+    sets: Vec<(String, Vec<Chain>)>,
     /// Lines that make no sense.
     pub odd: Vec<String>,
 }
@@ -44,17 +65,17 @@ impl Sets {
             if line.is_empty() {
                 continue;
             }
-            let modules = line.split_once(':').and_then(|(name, paths)| {
-                let modules: Option<Vec<_>> = paths.split_whitespace().map(module).collect();
-                Some((name.trim(), modules?))
+            let chains = line.split_once(':').and_then(|(name, words)| {
+                let chains: Option<Vec<_>> = words.split_whitespace().map(chain).collect();
+                Some((name.trim(), chains?))
             });
-            let Some((name, modules)) = modules.filter(|(name, _)| !name.is_empty()) else {
+            let Some((name, chains)) = chains.filter(|(name, _)| !name.is_empty()) else {
                 all.odd.push(line.into());
                 continue;
             };
             match all.sets.iter_mut().find(|(known, _)| known == name) {
-                Some((_, known)) => known.extend(modules),
-                None => all.sets.push((name.into(), modules)),
+                Some((_, known)) => known.extend(chains),
+                None => all.sets.push((name.into(), chains)),
             }
         }
         all
@@ -66,11 +87,16 @@ impl Sets {
         self.sets.iter().map(|(name, _)| name.as_str()).collect()
     }
 
-    /// The modules of a set.
+    /// The chains of a set.
     #[must_use]
-    pub fn of(&self, name: &str) -> Option<&[Module]> {
-        self.sets.iter().find(|(known, _)| known == name).map(|(_, modules)| modules.as_slice())
+    pub fn of(&self, name: &str) -> Option<&[Chain]> {
+        self.sets.iter().find(|(known, _)| known == name).map(|(_, chains)| chains.as_slice())
     }
+}
+
+fn chain(text: &str) -> Option<Chain> {
+    let (always, rest) = text.strip_prefix('!').map_or((false, text), |rest| (true, rest));
+    Some(Chain { always, modules: rest.split('+').map(module).collect::<Option<_>>()? })
 }
 
 fn module(text: &str) -> Option<Module> {
@@ -126,13 +152,19 @@ mod tests {
     #[test]
     fn sets_are_read_in_their_order() {
         let sets = Sets::parse(
-            "# sets\nbase: a/b.ko c.ko # first\n\nnvme: n.ko(poll_queues=2)\nbase: d.ko\nbad\n: x.ko\nup: ../x.ko\nabs: /x.ko\n",
+            "# sets\nbase: a/b.ko c.ko # first\n\nnvme: !m.ko+n.ko(poll_queues=2)\nbase: d.ko\nbad\n: x.ko\nup: ../x.ko\n\
+             abs: /x.ko\nno: a.ko+\n",
         );
         assert_eq!(sets.names(), ["base", "nvme"]);
-        let paths: Vec<_> = sets.of("base").expect("set").iter().map(|module| module.path.to_str().expect("path")).collect();
-        assert_eq!(paths, ["a/b.ko", "c.ko", "d.ko"]);
-        assert_eq!(sets.of("nvme").expect("set")[0].parameters, "poll_queues=2");
-        assert_eq!(sets.odd, ["bad", ": x.ko", "up: ../x.ko", "abs: /x.ko"]);
+        let paths = |name: &str| -> Vec<Vec<_>> {
+            let path = |module: &Module| module.path.to_str().expect("path").to_owned();
+            sets.of(name).expect("set").iter().map(|chain| chain.modules.iter().map(path).collect()).collect()
+        };
+        assert_eq!(paths("base"), [["a/b.ko"], ["c.ko"], ["d.ko"]]);
+        assert_eq!(paths("nvme"), [["m.ko", "n.ko"]]);
+        let nvme = &sets.of("nvme").expect("set")[0];
+        assert!(nvme.always && nvme.modules[1].parameters == "poll_queues=2" && !sets.of("base").expect("set")[0].always);
+        assert_eq!(sets.odd, ["bad", ": x.ko", "up: ../x.ko", "abs: /x.ko", "no: a.ko+"]);
         assert_eq!(sets.of("net"), None);
     }
 

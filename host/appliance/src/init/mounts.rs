@@ -111,6 +111,14 @@ pub fn find(name: &str) -> Option<(Partition, bool)> {
     Some((first, all.next().is_some()))
 }
 
+/// Whether there are partitions of all these names.
+#[must_use]
+pub fn are_there(names: &[&str]) -> bool {
+    let found = if names.is_empty() { Vec::new() } else { partitions(Path::new("/sys/class/block")) };
+    let is_there = |name: &str| found.iter().any(|partition| partition.name == name && partition.device.exists());
+    names.iter().all(|name| is_there(name))
+}
+
 /// Mounts the configuration's partition.
 ///
 /// # Errors
@@ -148,9 +156,7 @@ impl Esp {
         mount(&partition.device, BOOT_FOLDER, "vfat", flags, data).map_err(|error| failed(error.into()))?;
         Ok(Self(()))
     }
-}
 
-impl Esp {
     /// Mounts it; while it is mounted for somebody else, that is waited for, but not for long.
     ///
     /// # Errors

@@ -20,8 +20,10 @@ const EVENT_BYTES: usize = 24;
 const EVENT_KEY: u16 = 1;
 /// `KEY_POWER`.
 const KEY_POWER: u16 = 116;
-/// How often input devices are looked for.
-const LOOK: Duration = Duration::from_secs(2);
+/// How often input devices are looked for: where there are some, and where the driver may just come.
+const LOOK: (Duration, Duration) = (Duration::from_secs(2), Duration::from_millis(50));
+/// For how long none may be there before that is no start any more.
+const START: Duration = Duration::from_secs(30);
 /// How long processes may take to end when they are told to.
 const MANNERS: Duration = Duration::from_secs(3);
 
@@ -38,11 +40,12 @@ pub fn pressed(bytes: &[u8]) -> bool {
 
 /// Watches input devices for as long as the machine runs.
 pub fn watch_button(pressed_now: &dyn Fn()) {
-    let mut devices: Vec<(PathBuf, File)> = Vec::new();
+    let (mut devices, begun): (Vec<(PathBuf, File)>, _) = (Vec::new(), Instant::now());
     loop {
         look(Path::new("/dev/input"), &mut devices);
         let mut fds: Vec<_> = devices.iter().map(|(_, file)| PollFd::new(file, PollFlags::IN)).collect();
-        let time = Timespec { tv_sec: LOOK.as_secs().cast_signed(), tv_nsec: 0 };
+        let every = if devices.is_empty() && begun.elapsed() < START { LOOK.1 } else { LOOK.0 };
+        let time = Timespec { tv_sec: every.as_secs().cast_signed(), tv_nsec: every.subsec_nanos().into() };
         let count = poll(&mut fds, Some(&time)).unwrap_or(0);
         let ready: Vec<_> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         if count == 0 {

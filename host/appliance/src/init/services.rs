@@ -4,8 +4,10 @@
 
 use super::appliance::set_environment;
 use super::board::Board;
+use super::bring_up::BringUp;
 use super::console::{self, Host, Wire};
 use super::journal::Journal;
+use super::loader::{self, Loader};
 use super::net::Network;
 use super::reaper::Reaper;
 use super::status::Page;
@@ -39,6 +41,7 @@ pub struct Services {
     reaper: Reaper,
     events: Sender<Event>,
     program: PathBuf,
+    loader: Loader,
     debug: bool,
     /// The configuration in force.
     config: Arc<Mutex<Option<Arc<Config>>>>,
@@ -54,14 +57,15 @@ pub struct Services {
 impl Services {
     /// None yet.
     #[must_use]
-    pub fn new(journal: &Journal, board: &Board, reaper: &Reaper, events: &Sender<Event>, program: &Path, debug: bool) -> Self {
+    pub fn new(journal: &Journal, board: &Board, reaper: &Reaper, events: &Sender<Event>, program: &Path, up: &BringUp) -> Self {
         Self {
             journal: journal.clone(),
             board: board.clone(),
             reaper: reaper.clone(),
             events: events.clone(),
             program: program.into(),
-            debug,
+            loader: up.loader.clone(),
+            debug: up.line.debug,
             config: Arc::default(),
             pulse: Pulse::default(),
             network: None,
@@ -135,6 +139,7 @@ impl Services {
             journal: self.journal.clone(),
             program: self.program.clone(),
             board: self.board.clone(),
+            loader: self.loader.clone(),
             debug: self.debug,
         };
         let reaper = self.reaper.clone();
@@ -189,6 +194,7 @@ struct ConsoleHost {
     journal: Journal,
     program: PathBuf,
     board: Board,
+    loader: Loader,
     debug: bool,
 }
 
@@ -208,6 +214,10 @@ impl Host for ConsoleHost {
     }
 
     fn command(&self, words: &[String]) -> Command {
+        // It may be about hardware, whose driver is loaded after the appliance was started.
+        if !self.loader.wait_for_all(loader::PATIENCE) {
+            self.journal.say("there are modules that are not loaded yet; the command does not wait for them any longer");
+        }
         let mut command = Command::new(&self.program);
         set_environment(&mut command, self.debug);
         if !words.iter().any(|word| word == "--config" || word.starts_with("--config=")) {

@@ -12,6 +12,8 @@ use super::steps::Steps;
 use super::trial::{self, Trial};
 use super::{mounts, power, since_kernel_start_ms};
 use crate::config::Config;
+use crate::config::device::{Device, Way};
+use crate::config::export::{Export, ExportBy};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
@@ -25,6 +27,8 @@ use std::time::{Duration, Instant};
 const LOOK: Duration = Duration::from_secs(1);
 /// How long the network may take before the appliance is started without it.
 const NETWORK_PATIENCE: Duration = Duration::from_secs(10);
+/// For how many milliseconds modules that have time wait for the appliance: a watchdog must bark at one that never serves.
+const HELD_MS: u64 = 10_000;
 /// How long lines may take to get out at the end.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(3);
 
@@ -119,7 +123,7 @@ impl Supervisor {
         });
         let (reaper, events) = (Reaper::default(), channel());
         let program = std::env::current_exe().unwrap_or_else(|_| "/init".into());
-        let services = Services::new(&journal, &board, &reaper, &events.0, &program, up.line.debug);
+        let services = Services::new(&journal, &board, &reaper, &events.0, &program, &up);
         Self {
             board,
             reaper,
@@ -153,17 +157,21 @@ impl Supervisor {
         self.take_signals();
         self.services.watch_button();
         self.up.set_up_kernel();
+        self.up.begin();
         self.steps.done("start", since_kernel_start_ms());
-        self.up.load_sets(&super::modules::FIRST);
-        self.steps.done("modules", since_kernel_start_ms());
-        self.state = self.up.mount_partitions(&self.board);
+        self.up.find_partitions();
         self.steps.done("partitions", since_kernel_start_ms());
-        self.trial.set_state(&self.state);
         let read = self.read();
+        self.apply(&read);
+        self.steps.done("configuration", since_kernel_start_ms());
+        // Its driver takes longest: what does not need it comes before.
+        self.state = self.up.mount_state(&self.board);
+        self.trial.set_state(&self.state);
         if self.state == StatePlace::Partition {
             self.journal.keep_in(&Path::new(mounts::STATE_FOLDER).join("log"), read.image.log_bytes());
         }
-        self.take_configuration(read);
+        self.steps.done("state", since_kernel_start_ms());
+        self.take_configuration(read.config);
     }
 
     fn read(&mut self) -> Read {
@@ -172,13 +180,15 @@ impl Supervisor {
         self.up.read_config(&self.config_path)
     }
 
-    /// Does what a configuration says, and starts the appliance on it.
-    fn take_configuration(&mut self, read: Read) {
-        let Read { config, image } = read;
-        self.steps.done("configuration", since_kernel_start_ms());
-        self.up.apply(&image, &self.board);
-        self.steps.done("modules", since_kernel_start_ms());
-        self.services.apply(&image);
+    /// Does what a configuration's `[image]` says.
+    fn apply(&mut self, read: &Read) {
+        self.up.load_modules(&read.image, read.config.as_deref().ok());
+        self.up.apply(&read.image, &self.board);
+        self.services.apply(&read.image);
+    }
+
+    /// Starts the appliance on a configuration.
+    fn take_configuration(&mut self, config: Result<Arc<Config>, String>) {
         match config {
             Ok(config) => {
                 self.say_odd_state(&config);
@@ -187,6 +197,7 @@ impl Supervisor {
                 self.start();
             }
             Err(text) => {
+                self.up.settle();
                 self.journal.say(&format!("the configuration {} is wrong:", self.config_path.display()));
                 text.lines().for_each(|line| self.journal.line(line));
                 self.journal.say(Phase::WrongConfiguration.words());
@@ -240,10 +251,9 @@ impl Supervisor {
     /// Starts the appliance, if everything is there for it.
     fn start(&mut self) {
         self.restart_at = None;
-        if self.config.is_none() {
-            return;
-        }
+        let Some(config) = self.config.clone() else { return };
         if let StatePlace::Nowhere(why) = &self.state {
+            self.up.settle();
             self.board.set(|known| {
                 known.phase = Phase::NoState;
                 known.problem = Some(why.clone());
@@ -253,10 +263,11 @@ impl Supervisor {
             }
             return;
         }
-        if !self.services.wait_for_network(NETWORK_PATIENCE) {
-            self.journal.say("the network is not up yet; the appliance starts without it");
+        self.up.wait_for_modules(&config);
+        self.steps.done("modules", since_kernel_start_ms());
+        if needs_addresses(&config) {
+            self.wait_for_network("the appliance starts without it");
         }
-        self.steps.done("network", since_kernel_start_ms());
         self.generation += 1;
         let (generation, events) = (self.generation, self.events.0.clone());
         let tell = move |news| drop(events.send(Event::Appliance(generation, news)));
@@ -271,8 +282,16 @@ impl Supervisor {
         }
     }
 
+    fn wait_for_network(&mut self, otherwise: &str) {
+        if !self.services.wait_for_network(NETWORK_PATIENCE) {
+            self.journal.say(&format!("the network is not up yet; {otherwise}"));
+        }
+        self.steps.done("network", since_kernel_start_ms());
+    }
+
     /// The appliance ended by itself after so long.
     fn failed(&mut self, ran: Duration, how: &str) {
+        self.up.loader.release();
         let wait = self.backoff.ended(ran);
         let failures = self.backoff.failures();
         self.restart_at = wait.map(|wait| Instant::now() + wait);
@@ -294,6 +313,9 @@ impl Supervisor {
     fn turn(&mut self) {
         self.services.pulse.beat();
         self.trial.tend();
+        if since_kernel_start_ms() > self.entry_ms + HELD_MS {
+            self.up.loader.release();
+        }
         let now = Instant::now();
         if self.trial.is_late() && self.trial.bad(&format!("it does not serve in {} s", trial::PATIENCE.as_secs())) {
             self.stop(true);
@@ -329,6 +351,12 @@ impl Supervisor {
     }
 
     fn serving(&mut self) {
+        // Nobody is served by who cannot be reached.
+        self.steps.done("appliance", since_kernel_start_ms());
+        if self.board.known().serving_ms.is_none() {
+            self.wait_for_network("the appliance serves whom it reaches");
+        }
+        self.up.settle();
         let now = since_kernel_start_ms();
         let after = now.saturating_sub(self.entry_ms);
         let mut first = false;
@@ -339,7 +367,6 @@ impl Supervisor {
             known.serving_ms.get_or_insert(after);
         });
         if first {
-            self.steps.done("appliance", now);
             self.journal.say(&format!("serving after {after} ms (kernel {} ms): {}", self.entry_ms, self.steps));
         } else {
             self.journal.say("serving again");
@@ -381,7 +408,8 @@ impl Supervisor {
         }
         self.stop_appliance();
         self.backoff = Backoff::default();
-        self.take_configuration(read);
+        self.apply(&read);
+        self.take_configuration(read.config);
         let known = self.board.known();
         match known.problem {
             Some(problem) => Err(problem),
@@ -399,6 +427,13 @@ impl Supervisor {
         let journal = self.journal.clone();
         power::off(restart, &|line| journal.say(line), &|| flush(&journal))
     }
+}
+
+/// Whether an appliance needs the network to start: it listens at addresses of its own, or reaches for other machines.
+fn needs_addresses(config: &Config) -> bool {
+    let own = |export: &Export| *export.by.get_ref() == ExportBy::NvmeTcp && export.address().is_none_or(|at| !at.ip().is_unspecified());
+    let away = |device: &Device| matches!(device.way(), Some(Way::NvmeTcp(_)));
+    config.file.exports.iter().any(own) || config.file.devices.iter().any(away)
 }
 
 /// Everything that was said is on the console's line, or has had its time.

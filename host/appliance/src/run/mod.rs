@@ -51,6 +51,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 /// How often the main thread looks at signals and at a migration.
@@ -173,14 +174,19 @@ impl Appliance {
         let found = records.line();
         say(&format!("records      {found}"));
         let serving = records.serving()?;
-        // A component that is refused must not be found out by the first migration.
         let clock = Clock::new();
-        let seats = Some(policies::seat(&config, clock)?);
+        let (seats, machines) = std::thread::scope(|scope| {
+            // A component that is refused must not be found out by the first migration. To load them takes longest of all.
+            let seats = std::thread::Builder::new().name("dray-load".into()).spawn_scoped(scope, || policies::seat(&config, clock));
+            let machines = records.close().map_err(Into::into).and_then(|()| machines(&config, &records, serving));
+            (seats.map(ScopedJoinHandle::join), machines)
+        });
+        let seats = seats.into_diagnostic()?.map_err(|_| miette!("the thread that loads policies has died"))?;
+        let seats = Some(seats?);
         for (role, policy) in status::policies(&config) {
             say(&format!("policy       {role}: {}", policy.component.get_ref().display()));
         }
-        records.close()?;
-        let machines = machines(&config, &records, serving)?;
+        let machines = machines?;
         drop(records);
         let place = |name: &String| machines.iter().position(|m| m.name == *name).ok_or_else(|| miette!("no subsystem \"{name}\""));
         let ends = [place(config.file.migration.from.get_ref())?, place(config.file.migration.to.get_ref())?];
