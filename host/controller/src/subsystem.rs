@@ -84,11 +84,17 @@ impl Subsystem {
     /// # Errors
     /// [`ConfigError`] when the parts do not fit together.
     pub fn new(
-        config: SubsystemConfig,
+        mut config: SubsystemConfig,
         namespaces: Vec<(NamespaceConfig, Box<dyn Backing>)>,
     ) -> Result<Self, ConfigError> {
         config.check()?;
         check_namespaces(&config, &namespaces)?;
+        if config.attachment {
+            // It keeps those that it takes from others.
+            let all: Vec<u32> = namespaces.iter().map(|(ns, _)| ns.nsid).collect();
+            let managers = config.controllers.iter_mut().filter(|c| c.role == ControllerRole::Management);
+            managers.for_each(|manager| manager.namespaces.clone_from(&all));
+        }
         let highest = namespaces.iter().map(|(ns, _)| ns.nsid).max().unwrap_or(0);
         let namespaces: Vec<_> = namespaces
             .into_iter()
