@@ -3,6 +3,7 @@
 use crate::check::Checking;
 use crate::config::MigrationConfig;
 use crate::copy::{CopySetupError, Engine, Uncorrectable};
+use crate::departure::DepartureIngredients;
 use crate::destination::Destination;
 use crate::extents::Extents;
 use crate::hand_over::{HandOver, Stage};
@@ -93,6 +94,15 @@ impl Migration {
     /// As [`new`](Self::new).
     pub fn hand_over(config: MigrationConfig, with: Ingredients, hand_over: HandOver, now: Time) -> Result<Self, CopySetupError> {
         Self::assemble(config, with, Way::HandOver(hand_over), now)
+    }
+
+    /// A departure that begins at its first poll: see [`departure`](crate::departure).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn departure(config: MigrationConfig, with: DepartureIngredients, now: Time) -> Result<Self, CopySetupError> {
+        let (with, departure) = with.split();
+        Self::assemble(config, with, Way::Departure(departure), now)
     }
 
     fn assemble(config: MigrationConfig, with: Ingredients, way: Way, now: Time) -> Result<Self, CopySetupError> {
@@ -202,7 +212,7 @@ impl Migration {
     #[must_use]
     pub fn exchange(&mut self) -> Option<&mut dyn BackingExchange> {
         match &mut self.parts.way {
-            Way::Controller | Way::HandOver(_) => None,
+            Way::Controller | Way::HandOver(_) | Way::Departure(_) => None,
             Way::Media(exchange) => Some(exchange.as_mut()),
         }
     }
@@ -239,6 +249,8 @@ impl Migration {
         if matches!(self.state, State::Checking(_)) {
             return None;
         }
+        // A drive may tell us what we have asked of it; nobody else can have detached them meanwhile, which is looked at.
+        let source_changed = source_changed && !self.parts.footing.detached;
         if source_changed || destination_changed {
             return Some(Reason::NamespacesChanged(if source_changed { "source" } else { "destination" }));
         }
