@@ -134,6 +134,13 @@ impl Subsystem {
         self.controllers.iter().find(|c| c.config.cntlid == cntlid).map(|c| c.connector.plug())
     }
 
+    /// Whether a controller has a namespace now.
+    #[must_use]
+    pub fn has_namespace(&self, cntlid: u16, nsid: u32) -> bool {
+        let found = self.shared.config.controllers.iter().position(|controller| controller.cntlid == cntlid);
+        found.is_some_and(|index| is_attached(&self.shared.config, index, nsid))
+    }
+
     /// Ends the subsystem and gives the namespaces' backings back, by NSID. Operations under way end when a backing is
     /// dropped.
     #[must_use]

@@ -99,26 +99,47 @@ impl Migration {
     /// A departure that begins at its first poll: see [`departure`](crate::departure).
     ///
     /// # Errors
-    /// As [`new`](Self::new).
-    pub fn departure(config: MigrationConfig, with: DepartureIngredients, now: Time) -> Result<Self, CopySetupError> {
+    /// As [`new`](Self::new), and the management controller: others may depend on its driver.
+    pub fn departure(
+        config: MigrationConfig,
+        with: DepartureIngredients,
+        now: Time,
+    ) -> Result<Self, (CopySetupError, Box<dyn Mmc>)> {
         let (with, departure) = with.split();
-        Self::assemble(config, with, Way::Departure(departure), now)
+        let engine = match Engine::new(with.source_queue, &with.source_space, with.media, config.copy) {
+            Ok(engine) => engine,
+            Err(error) => return Err((error, with.source)),
+        };
+        let ends = [with.source, with.destination];
+        Ok(Self::around(config, engine, ends, (with.policies, with.hooks), Way::Departure(departure), now))
     }
 
     fn assemble(config: MigrationConfig, with: Ingredients, way: Way, now: Time) -> Result<Self, CopySetupError> {
         let engine = Engine::new(with.source_queue, &with.source_space, with.media, config.copy)?;
+        let ends = [with.source, with.destination];
+        Ok(Self::around(config, engine, ends, (with.policies, with.hooks), way, now))
+    }
+
+    fn around(
+        config: MigrationConfig,
+        engine: Engine,
+        [source, destination]: [Box<dyn Mmc>; 2],
+        (policies, hooks): (Policies, Hooks),
+        way: Way,
+        now: Time,
+    ) -> Self {
         let parts = Parts {
             config,
-            source: with.source,
-            destination: with.destination,
+            source,
+            destination,
             way,
             engine,
             media: Media::none(),
             extents: Extents::default(),
             copying: false,
             taps: Vec::new(),
-            policies: with.policies,
-            hooks: with.hooks,
+            policies,
+            hooks,
             formats: Formats::default(),
             footing: Footing::default(),
             costs: Costs { flush_us: 100, journal_us: 100, admin_us: 50 },
@@ -135,7 +156,7 @@ impl Migration {
             past_pumps: PumpStats::default(),
             lost_queue: None,
         };
-        Ok(Self { parts, state: State::Checking(Checking::default()), cancelled: false, lost: Lost::default() })
+        Self { parts, state: State::Checking(Checking::default()), cancelled: false, lost: Lost::default() }
     }
 
     /// The state's name.

@@ -13,6 +13,7 @@
 //! disconnected.
 
 mod core;
+mod departure;
 pub(crate) mod exports;
 mod fronts;
 mod hand_over;
@@ -25,6 +26,8 @@ mod status;
 use self::core::{CoreView, Mailbox, Order, RunCore};
 use crate::assembly::{self, Machine, Migratable};
 use crate::backings;
+use crate::departures;
+use crate::devices::OpenDevice;
 use crate::config::{Config, Role};
 use crate::control::server::{Asked, ControlServer, Outbox};
 use crate::control::{Asker, ControlError, ErrorCode, Reply, Request, socket_path};
@@ -158,6 +161,8 @@ struct Appliance {
     outbox: Outbox,
     asked: Receiver<Asked>,
     stopping: bool,
+    /// Devices whose controllers others may drive.
+    _held: Vec<Arc<OpenDevice>>,
     // Last, so that the socket goes when all else has ended.
     control: ControlServer,
 }
@@ -180,8 +185,15 @@ impl Appliance {
             say(&format!("policy       {role}: {}", policy.component.get_ref().display()));
         }
         records.close()?;
+        let held = config.devices.hold(&config)?;
         let machines = machines(&config, &records, serving)?;
         drop(records);
+        for line in departures::settle(&config)? {
+            say(&format!("departure    {line}"));
+        }
+        for device in config.devices.all() {
+            say(&format!("device       {}", departure::line(&config, &device)));
+        }
         let place = |name: &String| machines.iter().position(|m| m.name == *name).ok_or_else(|| miette!("no subsystem \"{name}\""));
         let ends = [place(config.file.migration.from.get_ref())?, place(config.file.migration.to.get_ref())?];
         let fronts = if config.hands_over() { Fronts::apart(&machines, ends) } else { Fronts::new(&machines, ends, serving) };
@@ -214,6 +226,7 @@ impl Appliance {
             exports: labels,
             desk: clients.desk,
             stopping: false,
+            _held: held,
             config,
             clock,
             places,
@@ -267,6 +280,12 @@ impl Appliance {
                 Ok((value, socket)) => return self.outbox.send(asker, Reply::Done(value, vec![socket])),
                 Err(error) => Err(error),
             },
+            Request::DeviceMove { device, controllers, namespaces, to, state } => {
+                match self.device_move(asker, &departure::Wish { device, controllers, namespaces, to, state }) {
+                    Ok(()) => return,
+                    Err(error) => Err(error),
+                }
+            }
             Request::MediaMove { subsystem, nsid, to } => match self.media_move(asker, &Wish { subsystem, nsid, to }) {
                 Ok(()) => return,
                 Err(error) => Err(error),
@@ -329,6 +348,18 @@ impl Appliance {
             seats: &mut self.seats,
         };
         let words = self.migrations.start_media(asker, wish, with)?;
+        say(&format!("{words} begins"));
+        Ok(())
+    }
+
+    fn device_move(&mut self, asker: Asker, wish: &departure::Wish) -> Result<(), ControlError> {
+        let with = departure::Surroundings {
+            config: &self.config,
+            clock: self.clock,
+            mailbox: &self.mailbox,
+            seats: &mut self.seats,
+        };
+        let words = self.migrations.start_departure(asker, wish, with)?;
         say(&format!("{words} begins"));
         Ok(())
     }
