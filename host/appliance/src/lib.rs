@@ -12,6 +12,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod core;
+pub mod departures;
 pub mod devices;
 pub mod image;
 pub mod init;

@@ -83,6 +83,7 @@ pub fn migration_config(config: &Config, plan: Plan) -> MigrationConfig {
             max_rounds: file.migration.max_rounds,
             max_time_ms: u64::try_from(micros(file.migration.max_time) / 1000).unwrap_or(u64::MAX),
             downtime_budget_us: u32::try_from(micros(file.migration.downtime)).unwrap_or(u32::MAX),
+            compare_budget_us: u64::try_from(micros(file.migration.compare)).unwrap_or(u64::MAX),
             ..Limits::default()
         },
         may_throttle: file.migration.throttle_guest,

@@ -70,6 +70,9 @@ pub struct SubsystemConfig {
     pub jobs: u16,
     /// Most bytes of one UDMQ.
     pub max_cdq_bytes: u64,
+    /// The management controller takes Namespace Attachment (OACS bit 3); it makes and deletes no namespaces. What it attaches and
+    /// detaches lasts as long as the subsystem, and is nowhere written down. It has every namespace itself then.
+    pub attachment: bool,
 }
 
 impl Default for SubsystemConfig {
@@ -85,6 +88,7 @@ impl Default for SubsystemConfig {
             contexts: 256,
             jobs: 4,
             max_cdq_bytes: 64 << 20,
+            attachment: false,
         }
     }
 }

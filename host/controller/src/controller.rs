@@ -92,6 +92,8 @@ pub(crate) struct Controller {
     /// The controller was reset since the subsystem last looked.
     pub(crate) was_reset: bool,
     pub(crate) coalescing: bool,
+    /// It takes Namespace Attachment.
+    pub(crate) attaches: bool,
     /// The address space changed under queues that have not been looked up again.
     remapped: bool,
     pub(crate) lost: Lost,
@@ -139,6 +141,7 @@ impl Controller {
             features: Features::new(config.vectors),
             limit: Limit::none(),
             management: None,
+            attaches: subsystem.attachment && config.role == ControllerRole::Management,
             was_reset: false,
             coalescing: false,
             remapped: false,

@@ -26,6 +26,7 @@
 //! `udmq` is what a migration reads; `manage` and `restore` are the migration commands; `exchange` is the end of a media move.
 
 mod admin;
+mod attach;
 mod backing;
 mod config;
 mod context;

@@ -79,7 +79,7 @@ impl Management {
 }
 
 /// `None` when the completion comes later.
-type Answer = Result<Option<u64>, TrackRefusal>;
+pub(crate) type Answer = Result<Option<u64>, TrackRefusal>;
 
 fn invalid() -> Status {
     Status::INVALID_FIELD.with_dnr()
@@ -109,6 +109,7 @@ impl Subsystem {
             AdminOpcode::MIGRATION_SEND => self.migration_send(index, entry),
             AdminOpcode::MIGRATION_RECEIVE => self.migration_receive(index, entry),
             AdminOpcode::SET_FEATURES => self.set_feature(index, entry, now),
+            AdminOpcode::NAMESPACE_ATTACHMENT | AdminOpcode::NAMESPACE_MANAGEMENT => self.namespace_attachment(index, entry),
             _ => self.get_feature(index, entry),
         }
     }

@@ -84,11 +84,17 @@ impl Subsystem {
     /// # Errors
     /// [`ConfigError`] when the parts do not fit together.
     pub fn new(
-        config: SubsystemConfig,
+        mut config: SubsystemConfig,
         namespaces: Vec<(NamespaceConfig, Box<dyn Backing>)>,
     ) -> Result<Self, ConfigError> {
         config.check()?;
         check_namespaces(&config, &namespaces)?;
+        if config.attachment {
+            // It keeps those that it takes from others.
+            let all: Vec<u32> = namespaces.iter().map(|(ns, _)| ns.nsid).collect();
+            let managers = config.controllers.iter_mut().filter(|c| c.role == ControllerRole::Management);
+            managers.for_each(|manager| manager.namespaces.clone_from(&all));
+        }
         let highest = namespaces.iter().map(|(ns, _)| ns.nsid).max().unwrap_or(0);
         let namespaces: Vec<_> = namespaces
             .into_iter()
@@ -126,6 +132,13 @@ impl Subsystem {
     #[must_use]
     pub fn plug(&self, cntlid: u16) -> Option<Plug> {
         self.controllers.iter().find(|c| c.config.cntlid == cntlid).map(|c| c.connector.plug())
+    }
+
+    /// Whether a controller has a namespace now.
+    #[must_use]
+    pub fn has_namespace(&self, cntlid: u16, nsid: u32) -> bool {
+        let found = self.shared.config.controllers.iter().position(|controller| controller.cntlid == cntlid);
+        found.is_some_and(|index| is_attached(&self.shared.config, index, nsid))
     }
 
     /// Ends the subsystem and gives the namespaces' backings back, by NSID. Operations under way end when a backing is

@@ -10,7 +10,7 @@ use crate::reason::{Reason, Refusal};
 use crate::state::{State, Turn};
 use dray_device::poll::Time;
 use dray_nvme::command::SubmissionEntry;
-use dray_nvme::identify::{Cns, CommandSetId, ControllerStateFormats, IdentifyNamespace, controller_list};
+use dray_nvme::identify::{Cns, CommandSetId, ControllerStateFormats, IdentifyNamespace, controller_list, nsid_list};
 use dray_nvme::state::STATE_VERSION;
 use zerocopy::FromBytes;
 
@@ -21,6 +21,20 @@ const PAGE_BYTES: usize = 4096;
 pub(crate) struct Checking {
     since: Option<Time>,
     calls: Option<(Calls, Calls)>,
+    /// A departure that is good so far.
+    further: Option<Further>,
+}
+
+/// A departure: which namespaces there are besides those that move, and which controllers have them.
+#[derive(Debug, Default)]
+enum Further {
+    /// Not asked yet.
+    #[default]
+    No,
+    /// Which there are.
+    Which(Calls),
+    /// Who has them: NSIDs, a call each.
+    Whose(Vec<u32>, Calls),
 }
 
 /// What one side said of the namespaces.
@@ -51,19 +65,84 @@ impl Checking {
             let destination = match parts.way {
                 Way::Controller | Way::HandOver(_) => ask(parts.config.namespaces.iter().map(|pair| pair.1)),
                 // What the copy is, the exchange knows.
-                Way::Media(_) => Calls::default(),
+                Way::Media(_) | Way::Departure(_) => Calls::default(),
             };
             self.calls = Some((source, destination));
+        }
+        if let Some(further) = &mut self.further {
+            return further.poll(parts, now).map_or(Turn::Stay, verdict);
         }
         let Some((source, destination)) = &mut self.calls else { return Turn::Stay };
         let there = source.poll(now, parts.source.as_mut());
         if !(destination.poll(now, parts.destination.as_mut()) && there) {
             return Turn::Stay;
         }
-        let judged = if parts.is_media_move() { judge_media(source, parts) } else { judge(source, destination, parts) };
-        match judged {
-            Ok(()) => Turn::Next(State::Opening(Opening::default())),
-            Err(refusal) => Turn::Back(refusal.into()),
+        let judged = match parts.way {
+            Way::Media(_) => judge_media(source, parts),
+            Way::Departure(_) => judge_departure(source, parts),
+            Way::Controller | Way::HandOver(_) => judge(source, destination, parts),
+        };
+        if judged.is_ok() && matches!(parts.way, Way::Departure(_)) {
+            self.further = Some(Further::default());
+            return Turn::Stay;
+        }
+        verdict(judged)
+    }
+}
+
+fn verdict(judged: Result<(), Refusal>) -> Turn {
+    match judged {
+        Ok(()) => Turn::Next(State::Opening(Opening::default())),
+        Err(refusal) => Turn::Back(refusal.into()),
+    }
+}
+
+impl Further {
+    /// A controller that leaves must not have a namespace that does not: `Some` when that is known.
+    fn poll(&mut self, parts: &mut Parts, now: Time) -> Option<Result<(), Refusal>> {
+        let refused = |command, answer: &Answer| Refusal::Command { side: "source", command, status: answer.status };
+        let identify = |cns, nsid| SubmissionEntry::identify(cns, nsid, 0, CommandSetId::NVM);
+        match self {
+            Self::No => {
+                let mut calls = Calls::default();
+                calls.push(identify(Cns::ALLOCATED_NAMESPACES, 0), Data::In(PAGE_BYTES));
+                *self = Self::Which(calls);
+                None
+            }
+            Self::Which(calls) => {
+                if !calls.poll(now, parts.source.as_mut()) {
+                    return None;
+                }
+                if let Some(answer) = calls.failure() {
+                    return Some(Err(refused("Identify (allocated namespaces)", answer)));
+                }
+                let all: Vec<u32> = calls.answers().flat_map(|answer| nsid_list(&answer.data).collect::<Vec<_>>()).collect();
+                if all.len() >= PAGE_BYTES / 4 {
+                    let what = "has more namespaces than are looked through (1,023)";
+                    return Some(Err(Refusal::Controller { side: "source", what }));
+                }
+                let moves = |nsid: &u32| parts.config.namespaces.iter().any(|pair| pair.0 == *nsid);
+                let others: Vec<u32> = all.into_iter().filter(|nsid| !moves(nsid)).collect();
+                let mut calls = Calls::default();
+                others.iter().for_each(|&nsid| calls.push(identify(Cns::NAMESPACE_CONTROLLERS, nsid), Data::In(PAGE_BYTES)));
+                *self = Self::Whose(others, calls);
+                None
+            }
+            Self::Whose(others, calls) => {
+                if !calls.poll(now, parts.source.as_mut()) {
+                    return None;
+                }
+                if let Some(answer) = calls.failure() {
+                    return Some(Err(refused("Identify (controllers attached to a namespace)", answer)));
+                }
+                let moving = parts.sources();
+                for (&nsid, answer) in others.iter().zip(calls.answers()) {
+                    if let Some(cntlid) = controller_list(&answer.data).find(|cntlid| moving.contains(cntlid)) {
+                        return Some(Err(Refusal::OtherNamespace { cntlid, nsid }));
+                    }
+                }
+                Some(Ok(()))
+            }
         }
     }
 }
@@ -147,6 +226,50 @@ fn judge_media(source: &Calls, parts: &mut Parts) -> Result<(), Refusal> {
     trust(parts)
 }
 
+/// A departure: as a media move, but that the controllers' state is read whole and the namespaces can be taken from them.
+fn judge_departure(source: &Calls, parts: &mut Parts) -> Result<(), Refusal> {
+    roles(parts)?;
+    let own = parts.source.identify().map_or(u16::MAX, |identify| identify.cntlid);
+    if !parts.source.identify().is_some_and(|identify| identify.oacs.namespace_management()) {
+        let what = "cannot detach namespaces (OACS, Namespace Management): after a reset nothing would keep the controllers that have \
+                    left from writing them";
+        return Err(Refusal::Controller { side: "source", what });
+    }
+    let source = read("source", source)?;
+    let (mut geometries, mut having) = (Vec::new(), Vec::new());
+    let targets = parts.departure().map(|departure| departure.targets.clone()).unwrap_or_default();
+    for (index, &(nsid, to)) in parts.config.namespaces.iter().enumerate() {
+        writers(&source, index, nsid, parts)?;
+        attached(&source, index, nsid, &[own])?;
+        let (page, target) = (&source.namespaces[index], targets.get(index).ok_or(Refusal::Empty)?);
+        movable("source", nsid, page)?;
+        let block_bytes = page.block_bytes().unwrap_or(0);
+        if block_bytes != target.block_bytes {
+            return Err(Refusal::OtherBlocks { nsid, source_bytes: block_bytes, destination_bytes: target.block_bytes });
+        }
+        if target.blocks < page.nsze {
+            return Err(Refusal::TooSmall { nsid, source_blocks: page.nsze, destination_blocks: target.blocks });
+        }
+        geometries.push(Geometry { source: nsid, destination: to, blocks: page.nsze, block_bytes });
+        let moving = parts.sources();
+        having.push((nsid, source.attached[index].iter().copied().filter(|cntlid| moving.contains(cntlid)).collect()));
+    }
+    parts.formats = Formats { source: own_format(&source, parts.config.vendor_uuid)?, destination: (0, 0) };
+    parts.media = Media::new(&geometries)?;
+    if let Some(departure) = parts.departure() {
+        departure.attached = having;
+    }
+    trust(parts)
+}
+
+/// Version 0 and a vendor part: the one that is asked for, else the first that the source has.
+fn own_format(source: &Side, uuid: Option<[u8; 16]>) -> Result<(u8, u8), Refusal> {
+    let formats = ControllerStateFormats::parse(&source.formats).map_err(|_| Refusal::NoStateFormat)?;
+    let csvi = formats.csvi_of(STATE_VERSION).ok_or(Refusal::NoStateFormat)?;
+    let at = formats.uuids().position(|id| uuid.is_none_or(|uuid| uuid == id));
+    Ok((csvi, at.and_then(|at| u8::try_from(at + 1).ok()).unwrap_or(0)))
+}
+
 /// The moving controllers reach the namespace, and nobody else can write it.
 fn writers(source: &Side, index: usize, nsid: u32, parts: &Parts) -> Result<(), Refusal> {
     let moving = parts.sources();
@@ -158,10 +281,10 @@ fn writers(source: &Side, index: usize, nsid: u32, parts: &Parts) -> Result<(), 
     }
 }
 
-/// The management controllers must be such, and the source must log changes. In a media move there is one of them.
+/// The management controllers must be such, and the source must log changes. Without a destination there is one of them.
 fn roles(parts: &Parts) -> Result<(), Refusal> {
     let both = [("source", &parts.source), ("destination", &parts.destination)];
-    for (side, mmc) in &both[..if parts.is_media_move() { 1 } else { 2 }] {
+    for (side, mmc) in &both[..if parts.has_destination() { 2 } else { 1 }] {
         let Some(identify) = mmc.identify() else {
             return Err(Refusal::Controller { side, what: "is not identified" });
         };

@@ -6,7 +6,8 @@
 //! policies shape ([`copy`], [`extents`]), and switches over: suspend, last round, controller state, resume. From every state
 //! there is a way back that leaves the source serving. A media move ([`media_move`]) does the same for namespaces whose
 //! controllers stay before their guests, and exchanges the backing. A hand-over ([`hand_over`]) leaves the guest's side of the
-//! switch-over to a VM manager. What policies leave out, the host adds; what they let lie, it drains.
+//! switch-over to a VM manager. A departure ([`departure`]) is that of controllers that somebody else drives, and that nobody here
+//! takes over. What policies leave out, the host adds; what they let lie, it drains.
 //!
 //! **The order that correctness rests on.** A block's dirty bit is cleared before its read is submitted, and nothing reads a
 //! range whose last copy has not ended. A change during the copy is reported by a later entry and dirties the block again, so
@@ -26,6 +27,7 @@ mod calls;
 mod check;
 pub mod config;
 pub mod copy;
+pub mod departure;
 pub mod destination;
 pub mod dirty;
 pub mod extents;
@@ -55,6 +57,7 @@ mod undo;
 pub use config::{Limits, MigrationConfig, PolicySettings};
 pub use copy::{CopyConfig, Engine, OnMediaError};
 pub use destination::{Destination, LocalDestination, LocalFeatures};
+pub use departure::{DepartureIngredients, StateKeeper};
 pub use dirty::DirtyMap;
 pub use hand_over::HandOver;
 pub use hooks::{EndId, FenceControl, GuestSample, GuestSlot, GuestView, Hooks, Journal, JournalError, Owner, Record, RecordPhase};

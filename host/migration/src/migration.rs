@@ -3,6 +3,7 @@
 use crate::check::Checking;
 use crate::config::MigrationConfig;
 use crate::copy::{CopySetupError, Engine, Uncorrectable};
+use crate::departure::DepartureIngredients;
 use crate::destination::Destination;
 use crate::extents::Extents;
 use crate::hand_over::{HandOver, Stage};
@@ -95,20 +96,50 @@ impl Migration {
         Self::assemble(config, with, Way::HandOver(hand_over), now)
     }
 
+    /// A departure that begins at its first poll: see [`departure`](crate::departure).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and the management controller: others may depend on its driver.
+    pub fn departure(
+        config: MigrationConfig,
+        with: DepartureIngredients,
+        now: Time,
+    ) -> Result<Self, (CopySetupError, Box<dyn Mmc>)> {
+        let (with, departure) = with.split();
+        let engine = match Engine::new(with.source_queue, &with.source_space, with.media, config.copy) {
+            Ok(engine) => engine,
+            Err(error) => return Err((error, with.source)),
+        };
+        let ends = [with.source, with.destination];
+        Ok(Self::around(config, engine, ends, (with.policies, with.hooks), Way::Departure(departure), now))
+    }
+
     fn assemble(config: MigrationConfig, with: Ingredients, way: Way, now: Time) -> Result<Self, CopySetupError> {
         let engine = Engine::new(with.source_queue, &with.source_space, with.media, config.copy)?;
+        let ends = [with.source, with.destination];
+        Ok(Self::around(config, engine, ends, (with.policies, with.hooks), way, now))
+    }
+
+    fn around(
+        config: MigrationConfig,
+        engine: Engine,
+        [source, destination]: [Box<dyn Mmc>; 2],
+        (policies, hooks): (Policies, Hooks),
+        way: Way,
+        now: Time,
+    ) -> Self {
         let parts = Parts {
             config,
-            source: with.source,
-            destination: with.destination,
+            source,
+            destination,
             way,
             engine,
             media: Media::none(),
             extents: Extents::default(),
             copying: false,
             taps: Vec::new(),
-            policies: with.policies,
-            hooks: with.hooks,
+            policies,
+            hooks,
             formats: Formats::default(),
             footing: Footing::default(),
             costs: Costs { flush_us: 100, journal_us: 100, admin_us: 50 },
@@ -125,7 +156,7 @@ impl Migration {
             past_pumps: PumpStats::default(),
             lost_queue: None,
         };
-        Ok(Self { parts, state: State::Checking(Checking::default()), cancelled: false, lost: Lost::default() })
+        Self { parts, state: State::Checking(Checking::default()), cancelled: false, lost: Lost::default() }
     }
 
     /// The state's name.
@@ -202,7 +233,7 @@ impl Migration {
     #[must_use]
     pub fn exchange(&mut self) -> Option<&mut dyn BackingExchange> {
         match &mut self.parts.way {
-            Way::Controller | Way::HandOver(_) => None,
+            Way::Controller | Way::HandOver(_) | Way::Departure(_) => None,
             Way::Media(exchange) => Some(exchange.as_mut()),
         }
     }
@@ -239,6 +270,8 @@ impl Migration {
         if matches!(self.state, State::Checking(_)) {
             return None;
         }
+        // A drive may tell us what we have asked of it; nobody else can have detached them meanwhile, which is looked at.
+        let source_changed = source_changed && !self.parts.footing.detached;
         if source_changed || destination_changed {
             return Some(Reason::NamespacesChanged(if source_changed { "source" } else { "destination" }));
         }

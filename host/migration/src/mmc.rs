@@ -137,6 +137,11 @@ pub trait Mmc: Send {
     fn create_io_queue(&mut self, now: Time) -> Result<(), SubmitError>;
     /// The I/O queue, once it is there; an error in words when it cannot be made.
     fn io_queue(&mut self) -> Option<Result<Box<dyn CommandQueue>, String>>;
+
+    /// The driver, for its next use, where there is one; the data queues are deleted.
+    fn into_driver(self: Box<Self>) -> Option<Driver> {
+        None
+    }
 }
 
 /// Why a queue is gone, in words.
@@ -179,11 +184,6 @@ impl DriverMmc {
         &mut self.driver
     }
 
-    /// The driver, for its next use; the data queues are deleted.
-    #[must_use]
-    pub fn into_driver(self) -> Driver {
-        self.driver
-    }
 }
 
 /// An owner and its driver together are the queue that the pump drains.
@@ -378,5 +378,9 @@ impl Mmc for DriverMmc {
             Ok(pair) => Ok(Box::new(pair)),
             Err(error) => Err(error.to_string()),
         })
+    }
+
+    fn into_driver(self: Box<Self>) -> Option<Driver> {
+        Some(self.driver)
     }
 }

@@ -164,7 +164,7 @@ fn start(parts: &mut Parts, now: Time) -> Opening {
     parts.policies.copy.open(PolicyOpening { setup: copy, extra: () });
     parts.record(Owner::Source, RecordPhase::Copying, false);
     let start = starts(parts, 0..tracked(parts.taps.len()));
-    if !parts.is_media_move() && !planted::on(Fault::DestinationNotFenced) {
+    if parts.has_destination() && !planted::on(Fault::DestinationNotFenced) {
         parts.hooks.fence.raise(Owner::Destination);
     }
     Opening::Starting { start, suspend: suspend(&parts.destinations()), left: Left::None, began: now, recorded: None }

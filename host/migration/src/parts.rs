@@ -3,6 +3,7 @@
 use crate::calls::Calls;
 use crate::config::MigrationConfig;
 use crate::copy::Engine;
+use crate::departure::Departure;
 use crate::extents::Extents;
 use crate::hand_over::HandOver;
 use crate::hooks::{Hooks, JournalError, Owner, Record, RecordPhase};
@@ -52,6 +53,8 @@ pub(crate) struct Footing {
     pub(crate) suspended: bool,
     /// The fence is up.
     pub(crate) fenced: bool,
+    /// The namespaces may be detached from the source's controllers (departure).
+    pub(crate) detached: bool,
     /// The "moved" record may be durable.
     pub(crate) moved: bool,
     /// The slots point at the destination.
@@ -140,9 +143,22 @@ impl Parts {
         self.config.controllers.iter().map(|pair| pair.0).collect()
     }
 
-    /// Migratable controllers at the destination; none in a media move.
+    /// Migratable controllers at the destination; none in a media move, or a departure.
     pub(crate) fn destinations(&self) -> Vec<u16> {
-        if self.is_media_move() { Vec::new() } else { self.config.controllers.iter().map(|pair| pair.1).collect() }
+        if self.has_destination() { self.config.controllers.iter().map(|pair| pair.1).collect() } else { Vec::new() }
+    }
+
+    /// There are controllers at the destination, which take the source's states.
+    pub(crate) fn has_destination(&self) -> bool {
+        matches!(self.way, Way::Controller | Way::HandOver(_))
+    }
+
+    /// The controllers leave, and nobody here takes them over.
+    pub(crate) fn departure(&mut self) -> Option<&mut Departure> {
+        match &mut self.way {
+            Way::Departure(departure) => Some(departure),
+            Way::Controller | Way::Media(_) | Way::HandOver(_) => None,
+        }
     }
 
     /// The controllers stay before their guests.
@@ -154,7 +170,7 @@ impl Parts {
     pub(crate) fn hand_over(&self) -> Option<&HandOver> {
         match &self.way {
             Way::HandOver(hand_over) => Some(hand_over),
-            Way::Controller | Way::Media(_) => None,
+            Way::Controller | Way::Media(_) | Way::Departure(_) => None,
         }
     }
 

@@ -47,6 +47,14 @@ pub enum Refusal {
         /// NSID at the source.
         nsid: u32,
     },
+    /// A departure: a controller that leaves has a namespace that does not, and would go on with it.
+    #[error("controller {cntlid} has namespace {nsid} as well, which does not move: it would go on writing that")]
+    OtherNamespace {
+        /// CNTLID.
+        cntlid: u16,
+        /// NSID at the source.
+        nsid: u32,
+    },
     /// The destination's namespace is smaller.
     #[error("namespace {nsid} has {source_blocks} blocks, its destination only {destination_blocks}")]
     TooSmall {

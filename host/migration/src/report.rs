@@ -94,6 +94,11 @@ pub enum Step {
     Exchange,
     /// A hand-over, in the place of [`Point`](Self::Point): the states are in the VM manager's hands.
     Told,
+    /// A departure, after [`ReadState`](Self::ReadState): the states are made durable.
+    Keep,
+    /// A departure, before [`Fence`](Self::Fence): the namespaces are detached from the source's controllers. Its last step is
+    /// [`Record`](Self::Record).
+    Detach,
 }
 
 impl Step {
@@ -115,6 +120,8 @@ impl Step {
             Self::Resume => "resume",
             Self::Exchange => "exchange",
             Self::Told => "told",
+            Self::Keep => "keep",
+            Self::Detach => "detach",
         }
     }
 }

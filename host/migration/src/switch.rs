@@ -11,9 +11,13 @@
 //!
 //! In a media move the same controllers go on, so no state is read, no slot pointed and no state set: behind the record the
 //! backing is exchanged, and Resume is for the source's controllers (see [`media_move`](crate::media_move)).
+//!
+//! In a departure the states are made durable and the namespaces detached before the fence is looked behind, and the record is the
+//! end: nothing is resumed anywhere (see [`departure`](crate::departure)).
 
 use crate::calls::{Calls, words};
 use crate::copy::Purpose;
+use crate::departure::{is_settled, other_than};
 use crate::hand_over::{Stage, Wish};
 use crate::hooks::{Owner, RecordPhase};
 use crate::media_move::Way;
@@ -52,6 +56,8 @@ pub(crate) struct Switch {
     states: Vec<Vec<u8>>,
     /// Behind the fence each controller of the source is asked whether it is still suspended.
     confirm: Vec<Calls>,
+    /// A departure: and which controllers have the namespaces.
+    alone: Option<Calls>,
     writes: Vec<WriteState>,
     asking: Option<Asking>,
     /// The fence of those who serve from now on is down.
@@ -95,6 +101,7 @@ impl Switch {
             reads: Vec::new(),
             states: Vec::new(),
             confirm: Vec::new(),
+            alone: None,
             writes: Vec::new(),
             asking: None,
             admitted: false,
@@ -186,7 +193,8 @@ impl Switch {
     }
 
     fn advance(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
-        if matches!(self.step, Step::Drain | Step::LastRound | Step::Flush | Step::Compare | Step::ReadState | Step::Fence)
+        use Step::{Compare, Detach, Drain, Fence, Flush, Keep, LastRound, ReadState};
+        if matches!(self.step, Drain | LastRound | Flush | Compare | ReadState | Keep | Detach | Fence)
             && parts.taps.iter().any(has_hole)
         {
             parts.footing.hole = true;
@@ -206,6 +214,8 @@ impl Switch {
             Step::Exchange => exchange(parts, now),
             Step::Point => Ok(self.point(parts)),
             Step::Told => Ok(self.tell(parts)),
+            Step::Keep => self.keep(parts),
+            Step::Detach => self.detach(parts, now),
             Step::SetState => self.set_state(parts, now),
             Step::Resume => self.resume(parts, now),
         }
@@ -220,6 +230,9 @@ impl Switch {
             parts.report.attempts += 1;
             parts.extents.by_order();
             parts.engine.limit(now, 0);
+            if let Some(departure) = parts.departure() {
+                departure.begin();
+            }
         }
         if self.calls.is_none() {
             // A command of an attempt before may still be under way: a state that it sets must not come after the new one.
@@ -366,7 +379,36 @@ impl Switch {
         if self.states.iter().any(Vec::is_empty) {
             return Ok(Gone::On);
         }
-        Ok(Gone::To(Step::Fence))
+        Ok(Gone::To(if matches!(parts.way, Way::Departure(_)) { Step::Keep } else { Step::Fence }))
+    }
+
+    /// The states are what the source's controllers leave: they are durable before those can no longer serve.
+    fn keep(&mut self, parts: &mut Parts) -> Result<Gone, String> {
+        let sources = parts.sources();
+        let Some(departure) = parts.departure() else { return Err("nobody keeps the states".to_owned()) };
+        let states = &mut self.states;
+        match departure.keep(|| sources.into_iter().zip(std::mem::take(states)).collect()) {
+            None => Ok(Gone::On),
+            Some(Ok(())) => Ok(Gone::To(Step::Detach)),
+            Some(Err(what)) => Err(what),
+        }
+    }
+
+    /// The fence that a drive has: its controllers lose their namespaces, whoever resets them.
+    fn detach(&mut self, parts: &mut Parts, now: Time) -> Result<Gone, String> {
+        if self.calls.is_none() {
+            let Some(departure) = parts.departure() else { return Err("there is nothing to detach".to_owned()) };
+            self.calls = Some(departure.attachment(false));
+            parts.footing.detached = true;
+        }
+        let Some(calls) = &mut self.calls else { return Ok(Gone::On) };
+        if !calls.poll(now, parts.source.as_mut()) {
+            return Ok(Gone::On);
+        }
+        match calls.answers().find(|answer| !is_settled(answer, false)) {
+            Some(answer) => Err(format!("Namespace Attachment, detach: {}", words(answer))),
+            None => Ok(Gone::To(Step::Fence)),
+        }
     }
 
     /// The fence goes up in memory, then everything that rule 7 asks for is looked at behind it. Suspension is no fence (rule 9):
@@ -378,8 +420,9 @@ impl Switch {
                 parts.hooks.fence.raise(Owner::Source);
             }
             self.confirm = parts.sources().iter().map(|&cntlid| ask_header(cntlid, parts.formats.source)).collect();
+            self.alone = parts.departure().map(|departure| departure.ask_attached());
         }
-        let mut over = true;
+        let mut over = self.alone.as_mut().is_none_or(|calls| calls.poll(now, parts.source.as_mut()));
         for calls in &mut self.confirm {
             over &= calls.poll(now, parts.source.as_mut());
         }
@@ -389,6 +432,14 @@ impl Switch {
         if !self.confirm.iter().all(|calls| calls.answers().next().and_then(suspended) == Some(true)) {
             parts.footing.hole = true;
             return Err("the source was not suspended throughout".to_owned());
+        }
+        if let Some(calls) = &self.alone {
+            let own = parts.source.identify().map_or(u16::MAX, |identify| identify.cntlid);
+            match other_than(own, calls) {
+                Ok(None) => {}
+                Ok(Some(cntlid)) => return Err(format!("controller {cntlid} has a namespace that was detached")),
+                Err(()) => return Err("which controllers have the namespaces was not told".to_owned()),
+            }
         }
         if !(0..parts.taps.len()).all(|index| parts.is_drained(index)) {
             return Ok(Gone::On);
@@ -409,11 +460,12 @@ impl Switch {
         }
         match parts.recorded() {
             None => Ok(Gone::On),
-            Some(Ok(())) => Ok(Gone::To(match parts.way {
-                Way::Media(_) => Step::Exchange,
-                Way::Controller => Step::Point,
-                Way::HandOver(_) => Step::Told,
-            })),
+            Some(Ok(())) => Ok(match parts.way {
+                Way::Media(_) => Gone::To(Step::Exchange),
+                Way::Controller => Gone::To(Step::Point),
+                Way::HandOver(_) => Gone::To(Step::Told),
+                Way::Departure(_) => Gone::Over,
+            }),
             Some(Err(error)) => Err(error.to_string()),
         }
     }

@@ -1,10 +1,12 @@
 //! The two ends: completing a move that has succeeded, and undoing one that has not.
 //!
 //! An undo takes back what [`Footing`](crate::parts::Footing) says, the record first if "moved" may be durable, then the backings
-//! if they were exchanged, then fence and slots, then the source is resumed (rules 9 and 10). It ends with the source serving, or says plainly that it could not.
+//! if they were exchanged, or the namespaces are attached if they were detached, then fence and slots, then the source is resumed
+//! (rules 9 and 10). It ends with the source serving, or says plainly that it could not.
 
 use crate::calls::{Calls, words};
 use crate::copy::Purpose;
+use crate::departure::is_settled;
 use crate::hooks::{Owner, RecordPhase};
 use crate::media_move::Way;
 use crate::mmc::Health;
@@ -67,6 +69,8 @@ enum Step {
     Record { written: bool },
     /// The namespaces get their old backings back; the fence is still up.
     Exchange { begun: bool },
+    /// The namespaces are attached to the source's controllers again, which are still suspended.
+    Attach(Option<Calls>),
     /// The source's controllers are resumed.
     Resume(Option<Calls>),
     /// The guest's limit is lifted.
@@ -151,6 +155,14 @@ impl Undoing {
                     return self.doubt("the backing could not be exchanged back");
                 }
             }
+            Step::Attach(_) => {
+                if self.attach(parts, now) {
+                    parts.footing.detached = false;
+                    self.point_back(parts);
+                } else if late {
+                    return self.doubt("the namespaces could not be attached to the source's controllers again");
+                }
+            }
             Step::Resume(_) => {
                 if self.resume(parts, now) {
                     return self.resumed(parts, now);
@@ -202,6 +214,8 @@ impl Undoing {
     fn exchange_back(&mut self, parts: &mut Parts) {
         if parts.footing.exchanged {
             self.step = Step::Exchange { begun: false };
+        } else if parts.footing.detached {
+            self.step = Step::Attach(None);
         } else {
             self.point_back(parts);
         }
@@ -219,24 +233,56 @@ impl Undoing {
         self.step = Step::Resume(None);
     }
 
-    /// True when the source's controllers run.
-    fn resume(&mut self, parts: &mut Parts, now: Time) -> bool {
-        let Step::Resume(calls) = &mut self.step else { return false };
-        if !parts.footing.suspended {
-            return true;
+    /// True when the source's controllers have their namespaces.
+    fn attach(&mut self, parts: &mut Parts, now: Time) -> bool {
+        if self.failed_and_reset(parts, now) {
+            if let Step::Attach(calls) = &mut self.step {
+                *calls = None;
+            }
+            return false;
         }
-        if let Health::Failed(why) = parts.source.health()
-            && !self.reset
-        {
-            // A reset ends every suspension that this controller had asked for: here it is the way back.
-            self.trouble = why;
-            self.reset = true;
-            parts.footing.hole = true;
-            parts.source.forbid_reset(false);
-            parts.source.reset(now);
+        let Step::Attach(calls) = &mut self.step else { return false };
+        if calls.is_none() {
+            *calls = parts.departure().map(|departure| departure.attachment(true));
+        }
+        let Some(open) = calls else { return true };
+        if !open.poll(now, parts.source.as_mut()) {
+            return false;
+        }
+        let bad = open.answers().find(|answer| !is_settled(answer, true));
+        if let Some(answer) = bad {
+            self.trouble = format!("Namespace Attachment, attach: {}", words(answer));
             *calls = None;
             return false;
         }
+        true
+    }
+
+    /// A management controller that has failed is reset, once: that ends every suspension it had asked for, and here it is the way
+    /// back.
+    fn failed_and_reset(&mut self, parts: &mut Parts, now: Time) -> bool {
+        let Health::Failed(why) = parts.source.health() else { return false };
+        if self.reset {
+            return false;
+        }
+        self.trouble = why;
+        self.reset = true;
+        parts.footing.hole = true;
+        parts.source.forbid_reset(false);
+        parts.source.reset(now);
+        true
+    }
+
+    /// True when the source's controllers run.
+    fn resume(&mut self, parts: &mut Parts, now: Time) -> bool {
+        if !parts.footing.suspended {
+            return true;
+        }
+        if self.failed_and_reset(parts, now) {
+            self.step = Step::Resume(None);
+            return false;
+        }
+        let Step::Resume(calls) = &mut self.step else { return false };
         if let Some(open) = &mut parts.suspends {
             // Suspend is still under way: a Resume before it ends would be too early. One that does not end, ends by a reset.
             if !open.poll(now, parts.source.as_mut()) {

@@ -1,16 +1,17 @@
-//! `dray migrate NAME --to OTHER` and `dray media-move SUBSYSTEM NSID --to FILE`: ask the running appliance, and show how far it
-//! is.
+//! `dray migrate NAME --to OTHER`, `dray media-move SUBSYSTEM NSID --to FILE` and `dray device move …`: ask the running appliance,
+//! and show how far it is.
 
 use crate::config::Config;
 use crate::config::device::parse_name;
 use crate::config::units::{Size, Span};
 use crate::control::client::{Client, ClientError};
 use crate::control::{ControlError, ErrorCode, Reply, Request};
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use miette::{IntoDiagnostic, miette};
 use serde_json::Value;
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,6 +37,37 @@ pub(super) fn media(config: &Path, subsystem: &str, nsid: u32, to: &Path, as_jso
     let of_device = to.to_str().and_then(parse_name).is_some();
     let to = if of_device { to.to_path_buf() } else { std::path::absolute(to).into_diagnostic()? };
     watch(config, &Request::MediaMove { subsystem: subsystem.into(), nsid, to }, "the old file goes on serving", as_json)
+}
+
+/// What `dray device move` is told.
+#[derive(Clone, Debug, Args)]
+pub(super) struct DeviceMoveArgs {
+    /// The drive, by the name of its [[device]] in the configuration: its management controller
+    device: String,
+    /// CNTLID of the controller that another process drives; several, if they share a namespace
+    #[arg(long, value_name = "CNTLID", required = true, value_delimiter = ',')]
+    controller: Vec<u16>,
+    /// Its namespaces, all of them
+    #[arg(long, value_name = "NSID", required = true, value_delimiter = ',')]
+    namespace: Vec<u32>,
+    /// Where they go, as many as there are namespaces: what is on these is written over
+    #[arg(long, value_name = "device:NAME/NSID", required = true, value_delimiter = ',')]
+    to: Vec<String>,
+    /// The file for the controller's state, as Get Controller State gives it (one of several has its CNTLID appended)
+    #[arg(long, value_name = "FILE")]
+    state: PathBuf,
+    /// Print how it ended as one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Moves controllers of a drive that others drive, with their namespaces, and says how it ended.
+pub(super) fn device(config: &Path, args: &DeviceMoveArgs) -> miette::Result<ExitCode> {
+    // The appliance may be elsewhere.
+    let state = std::path::absolute(&args.state).into_diagnostic()?;
+    let DeviceMoveArgs { device, controller, namespace, to, json, .. } = args.clone();
+    let request = Request::DeviceMove { device, controllers: controller, namespaces: namespace, to, state };
+    watch(config, &request, "the controller goes on where it is", json)
 }
 
 fn watch(config: &Path, request: &Request, cancelled: &str, as_json: bool) -> miette::Result<ExitCode> {
@@ -80,6 +112,9 @@ fn ended(end: Result<Value, ControlError>, as_json: bool) -> miette::Result<Exit
                 println!("{value}");
             } else {
                 println!("{}", summary(&value));
+                if value["kind"] == "departure" {
+                    println!("{}", left(&value));
+                }
             }
             Ok(ExitCode::SUCCESS)
         }
@@ -112,6 +147,19 @@ fn summary(value: &Value) -> String {
         Size(number(value, "copied_bytes")),
         micros("duration_us"),
         micros("downtime_us")
+    )
+}
+
+/// What is to be done with a controller that has left.
+fn left(value: &Value) -> String {
+    let list = |key: &str| {
+        let all = value[key].as_array().into_iter().flatten();
+        all.map(|one| one.as_str().map_or_else(|| one.to_string(), str::to_owned)).collect::<Vec<_>>().join(", ")
+    };
+    format!(
+        "controller {} is suspended and has no namespace any more: move its VM, with the state in {}",
+        list("controllers"),
+        list("states")
     )
 }
 

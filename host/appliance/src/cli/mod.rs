@@ -251,6 +251,17 @@ enum DeviceCommand {
         #[command(flatten)]
         pci: device::PciArgs,
     },
+    /// Move a controller that another process drives, with its namespaces, from a drive that tracks it itself to another drive
+    #[command(after_help = "\
+        Example: dray device move drive --controller 2 --namespace 1 --to device:spare/1 --state /srv/vm.state\n\n\
+        The running appliance has the drive's physical function, its migration management controller (a [[device]] with \
+        hold = true); a VM has the virtual function, say. What that writes is tracked by the drive, copied in rounds, and at the \
+        end the controller is suspended, its state written to FILE, its namespaces detached. It does not run again by itself: \
+        whoever moves the VM goes on from there. Until then Ctrl-C gives everything back to it. A drive that is not on the tested \
+        list is compared at the end, within [migration] compare, unless trust = \"drive\".\n\n\
+        Exit codes: 0 moved; 1 it did not begin, or the appliance was lost; 3 undone, 130 cancelled: the controller goes on where \
+        it was; 4 in doubt, an operator must look.")]
+    Move(migrate::DeviceMoveArgs),
     /// Format a namespace of a physical drive: all its data is lost
     #[command(after_help = "Example: dray device format pci:0000:01:00.0 --nsid 1 --destroys-data")]
     Format(device::FormatArgs),
@@ -369,6 +380,7 @@ pub fn main() -> ExitCode {
         Command::Device(DeviceCommand::Bind { address }) => device::bind(&address),
         Command::Device(DeviceCommand::Unbind { address }) => device::unbind(&address),
         Command::Device(DeviceCommand::Vfs { address, count, pci }) => device::vfs(&address, count, &pci),
+        Command::Device(DeviceCommand::Move(args)) => migrate::device(&cli.config, &args),
         Command::Device(DeviceCommand::Format(args)) => device::format(&args),
         Command::Device(DeviceCommand::Exercise(args)) => device::exercise(&args),
         Command::Cdq(CdqCommand::Watch { entries, json }) => cdq::watch(&cli.config, entries, json, cli.verbose > 0),

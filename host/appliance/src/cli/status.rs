@@ -93,6 +93,9 @@ fn moving(value: &Value) -> String {
     if value["kind"] == "media-move" {
         return format!("media move   {}:{},", plain(&value["subsystem"]), value["nsid"]);
     }
+    if value["kind"] == "departure" {
+        return "departure   ".to_owned();
+    }
     "migration   ".to_owned()
 }
 

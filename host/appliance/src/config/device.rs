@@ -1,5 +1,5 @@
 //! `[[device]]`: controllers that are not ours, whose namespaces are backings of our own: drives of this machine, by VFIO or by its
-//! kernel's driver, and controllers of other machines, by NVMe/TCP.
+//! kernel's driver, controllers of other machines, by NVMe/TCP, and of other processes, by vfio-user.
 
 use super::check::{Problem, problem};
 use super::{BackingKind, Config, Namespace};
@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use toml::Spanned;
 
-/// A controller, reached in one of three ways.
+/// A controller, reached in one of four ways.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Device {
@@ -22,6 +22,13 @@ pub struct Device {
     pub passthru: Option<Spanned<PathBuf>>,
     /// A controller of another machine: address and port.
     pub nvme_tcp: Option<Spanned<String>>,
+    /// A controller that another process has behind a vfio-user socket.
+    pub vfio_user: Option<Spanned<PathBuf>>,
+    /// VFIO and vfio-user: opened at start and kept until the end, also where no namespace of it is served: others drive
+    /// controllers that this one manages.
+    pub hold: Option<Spanned<bool>>,
+    /// VFIO: the secret that a physical function shares with whoever has its virtual functions: a UUID.
+    pub vf_token: Option<Spanned<String>>,
     /// VFIO: take the function from the kernel's driver at start, if nothing on it is in use, and give it back at the end.
     pub bind: Option<Spanned<bool>>,
     /// VFIO: which interface of the kernel maps memory for the function.
@@ -64,16 +71,19 @@ pub enum Way {
     Passthru(PathBuf),
     /// By NVMe/TCP.
     NvmeTcp(SocketAddr),
+    /// By vfio-user.
+    VfioUser(PathBuf),
 }
 
 impl Device {
     /// How it is reached; `None` unless exactly one way is named and makes sense.
     #[must_use]
     pub fn way(&self) -> Option<Way> {
-        match (&self.pci, &self.passthru, &self.nvme_tcp) {
-            (Some(address), None, None) => address.get_ref().parse().ok().map(Way::Pci),
-            (None, Some(path), None) => Some(Way::Passthru(path.get_ref().clone())),
-            (None, None, Some(address)) => address.get_ref().parse().ok().map(Way::NvmeTcp),
+        match (&self.pci, &self.passthru, &self.nvme_tcp, &self.vfio_user) {
+            (Some(address), None, None, None) => address.get_ref().parse().ok().map(Way::Pci),
+            (None, Some(path), None, None) => Some(Way::Passthru(path.get_ref().clone())),
+            (None, None, Some(address), None) => address.get_ref().parse().ok().map(Way::NvmeTcp),
+            (None, None, None, Some(path)) => Some(Way::VfioUser(path.get_ref().clone())),
             _ => None,
         }
     }
@@ -85,9 +95,18 @@ impl Device {
             Some(Way::Pci(address)) => format!("pci {address}"),
             Some(Way::Passthru(path)) => format!("passthru {}", path.display()),
             Some(Way::NvmeTcp(address)) => format!("nvme-tcp {address}"),
+            Some(Way::VfioUser(path)) => format!("vfio-user {}", path.display()),
             None => "nowhere".into(),
         }
     }
+}
+
+/// Reads a UUID; hyphens may be anywhere.
+#[must_use]
+pub fn uuid(text: &str) -> Option<[u8; 16]> {
+    let digits: String = text.chars().filter(|c| *c != '-').collect();
+    let fits = digits.len() == 32 && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    fits.then(|| u128::from_str_radix(&digits, 16).ok().map(u128::to_be_bytes)).flatten()
 }
 
 /// What records and people call a namespace of a device: `device:NAME/NSID`.
@@ -140,8 +159,10 @@ pub(super) fn check(config: &Config) -> Result<(), Problem> {
 }
 
 fn check_way(device: &Device) -> Result<(), Problem> {
-    const HELP: &str = "write one of pci = \"0000:01:00.0\", passthru = \"/dev/nvme0\" and nvme-tcp = \"10.0.0.2:4420\"";
-    let ways = usize::from(device.pci.is_some()) + usize::from(device.passthru.is_some()) + usize::from(device.nvme_tcp.is_some());
+    const HELP: &str = "write one of pci = \"0000:01:00.0\", passthru = \"/dev/nvme0\", nvme-tcp = \"10.0.0.2:4420\" and \
+                        vfio-user = \"drive.sock\"";
+    let ways = [device.pci.is_some(), device.passthru.is_some(), device.nvme_tcp.is_some(), device.vfio_user.is_some()];
+    let ways = ways.into_iter().filter(|named| *named).count();
     if ways != 1 {
         let message = format!("a device is reached in one way, and \"{}\" names {ways}", device.name.get_ref());
         return Err(problem(&device.name, message, HELP));
@@ -151,6 +172,12 @@ fn check_way(device: &Device) -> Result<(), Problem> {
     {
         let message = format!("\"{}\": {error}", address.get_ref());
         return Err(problem(address, message, "write domain, bus, device and function, as `dray device list` shows them: \"0000:01:00.0\""));
+    }
+    if let Some(token) = &device.vf_token
+        && uuid(token.get_ref()).is_none()
+    {
+        let message = format!("\"{}\" is no UUID", token.get_ref());
+        return Err(problem(token, message, "write 32 hexadecimal digits, like 83f69257-0c9b-4b4f-a3e9-b4bb1d3c2a55"));
     }
     if let Some(path) = &device.passthru
         && !path.get_ref().is_absolute()
@@ -185,7 +212,9 @@ fn check_keys(device: &Device) -> Result<(), Problem> {
         ("bind", device.bind.as_ref().map(Spanned::span)),
         ("iommu", device.iommu.as_ref().map(Spanned::span)),
         ("space", device.space.as_ref().map(Spanned::span)),
+        ("vf-token", device.vf_token.as_ref().map(Spanned::span)),
     ];
+    let of_function = [("hold", device.hold.as_ref().map(Spanned::span))];
     let of_tcp = [
         ("nqn", device.nqn.as_ref().map(Spanned::span)),
         ("host-nqn", device.host_nqn.as_ref().map(Spanned::span)),
@@ -193,14 +222,13 @@ fn check_keys(device: &Device) -> Result<(), Problem> {
         ("secret-file", device.secret_file.as_ref().map(Spanned::span)),
         ("controller-secret-file", device.controller_secret_file.as_ref().map(Spanned::span)),
     ];
-    let foreign = |keys: &[(&'static str, Option<std::ops::Range<usize>>)], way: &'static str| {
-        keys.iter().find_map(|(key, span)| Some((*key, span.clone()?, way)))
-    };
-    let wrong = match (&device.pci, &device.nvme_tcp) {
-        (None, None) => foreign(&of_pci, "pci").or_else(|| foreign(&of_tcp, "nvme-tcp")),
-        (None, Some(_)) => foreign(&of_pci, "pci"),
-        _ => foreign(&of_tcp, "nvme-tcp"),
-    };
+    let has = [
+        (&of_pci[..], "pci", device.pci.is_some()),
+        (&of_function, "pci or vfio-user", device.pci.is_some() || device.vfio_user.is_some()),
+        (&of_tcp, "nvme-tcp", device.nvme_tcp.is_some()),
+    ];
+    let foreign = has.into_iter().filter(|(.., has)| !has);
+    let wrong = foreign.flat_map(|(keys, way, _)| keys.iter().filter_map(move |(key, span)| Some((*key, span.clone()?, way)))).next();
     let Some((key, span, way)) = wrong else { return Ok(()) };
     let message = format!("`{key}` is a key of devices by {way}, and \"{}\" is none", device.name.get_ref());
     Err(Problem { span, message, help: "remove it".into() })

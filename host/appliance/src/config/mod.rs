@@ -232,6 +232,9 @@ pub struct Migration {
     /// Believe a drive that is not on the tested list.
     #[serde(default)]
     pub trust: Trust,
+    /// What comparing everything may add to a switch-over, where a drive is not trusted.
+    #[serde(default)]
+    pub compare: Span,
 }
 
 /// What becomes of a block that cannot be read.

@@ -228,6 +228,10 @@ fn a_device_is_reached_in_one_way_and_has_the_keys_of_that_way() {
         ("pci = \"0000:01:00.0\"\nnqn = \"nqn.x\"\n", 4, "nvme-tcp"),
         ("passthru = \"nvme0\"\n", 3, "/dev/nvme0"),
         ("passthru = \"/dev/nvme0\"\nbind = true\n", 4, "pci"),
+        ("passthru = \"/dev/nvme0\"\nhold = true\n", 4, "pci or vfio-user"),
+        ("pci = \"0000:01:00.0\"\nvf-token = \"83f6\"\n", 4, "83f69257-"),
+        ("vfio-user = \"d.sock\"\nspace = \"a\"\n", 4, "pci"),
+        ("vfio-user = \"d.sock\"\npci = \"0000:01:00.0\"\n", 2, "names 2"),
         ("nvme-tcp = \"localhost\"\n", 3, "with a port"),
         (TCP, 2, "nqn"),
         (&format!("{TCP}nqn = \"nqn.2026-11.org.example:x\"\n"), 2, "host-nqn"),
@@ -236,6 +240,10 @@ fn a_device_is_reached_in_one_way_and_has_the_keys_of_that_way() {
         let (at, text) = device_wrong(keys);
         assert!(at == line && text.contains(word), "line {at}: {text} ({keys})");
     }
+    let held = "[[device]]\nname = \"d\"\nvfio-user = \"d.sock\"\nhold = true\n";
+    let config = parse(&with(held).0).expect("good");
+    let way = config.device("d").and_then(device::Device::way);
+    assert_eq!(way, Some(device::Way::VfioUser("d.sock".into())));
 }
 
 #[test]

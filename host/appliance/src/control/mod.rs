@@ -15,6 +15,7 @@
 //! {"v":1, "id":3, "do":"cancel"}
 //! {"v":1, "id":4, "do":"lend-cdq", "subsystem":"source", "controller":2, "slots":1024}
 //! {"v":1, "id":5, "do":"media-move", "subsystem":"source", "nsid":1, "to":"new.img"}
+//! {"v":1, "id":6, "do":"device-move", "device":"drive", "controllers":[2], "namespaces":[1], "to":["device:far/1"], "state":"/srv/vm.state"}
 //! ```
 //!
 //! # Answers
@@ -49,7 +50,7 @@
 //! # What each does
 //! - **`status`**: `ok` is what runs: process, subsystems with their namespaces (and who serves them by the durable record) and
 //!   controllers, exports with clients and counters, policies, the migration that runs and those that have ended (`kind`:
-//!   "migration", "media-move", or "hand-over" for one that a client drives over vfio-user).
+//!   "migration", "media-move", "departure", or "hand-over" for one that a client drives over vfio-user).
 //! - **`migrate`**: moves all namespaces and migratable controllers of `from` to `to`, the two ends of `[migration]` in either
 //!   direction; clients of the controllers stay connected. Events every 200 ms tell how far it is. It goes on when the
 //!   connection ends: `status` tells of it then. Where both ends have clients of their own it is refused: their VM managers move them.
@@ -64,6 +65,12 @@
 //!   again if the move is undone), or it has been this namespace's before, or it is a block device of the same size. Events, the
 //!   end and `cancel` are as for `migrate`, with `kind` "media-move", `subsystem` and `nsid`; `from` and `to` are files. Afterwards
 //!   and over restarts the copy serves, whatever `path` the configuration says. The old file is left as it is.
+//! - **`device-move`**: moves `controllers` of the subsystem whose management controller is the [[device]] `device`, which other
+//!   processes drive, and `namespaces`, all that they have, to `to` (namespaces of one device). The drive tracks them itself. At the
+//!   end they are suspended, their state is in `state` (absolute; with several controllers `state.CNTLID`) and their namespaces are
+//!   detached. Events, the end and `cancel` are as for `migrate`, with `kind` "departure", `device`, `controllers`, `namespaces` and
+//!   `states`. Refused for a drive that cannot (HMLMS, TUDCS, Namespace Management), or that is known not to while another process
+//!   has the controller's function.
 //!
 //! # Threads
 //! The socket is served by mio on a thread of its own. Requests go from there to the appliance's main thread by a channel, and
@@ -111,6 +118,19 @@ pub enum Request {
         controller: u16,
         /// Slots of the queue; the configuration's `cdq-slots` without it.
         slots: Option<u32>,
+    },
+    /// Move controllers of a device that others drive, and their namespaces.
+    DeviceMove {
+        /// The device: the management controller.
+        device: String,
+        /// CNTLIDs of the controllers that leave.
+        controllers: Vec<u16>,
+        /// NSIDs of all their namespaces.
+        namespaces: Vec<u32>,
+        /// Where each goes: `device:NAME/NSID`.
+        to: Vec<String>,
+        /// The file that the controller's state is written to.
+        state: PathBuf,
     },
     /// Exchange a namespace's backing.
     MediaMove {

@@ -98,6 +98,16 @@ struct MediaMove {
     to: PathBuf,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DeviceMove {
+    device: String,
+    controllers: Vec<u16>,
+    namespaces: Vec<u32>,
+    to: Vec<String>,
+    state: PathBuf,
+}
+
 fn request(what: &str, keys: Map<String, Value>) -> Result<Request, String> {
     fn read<T: for<'de> Deserialize<'de>>(what: &str, keys: Map<String, Value>) -> Result<T, String> {
         T::deserialize(Value::Object(keys)).map_err(|error| format!("{what}: {error}"))
@@ -114,9 +124,13 @@ fn request(what: &str, keys: Map<String, Value>) -> Result<Request, String> {
             let MediaMove { subsystem, nsid, to } = read(what, keys)?;
             Request::MediaMove { subsystem, nsid, to }
         }
+        "device-move" => {
+            let DeviceMove { device, controllers, namespaces, to, state } = read(what, keys)?;
+            Request::DeviceMove { device, controllers, namespaces, to, state }
+        }
         other => {
             let other: String = other.chars().take(40).collect();
-            return Err(format!("\"{other}\" is nothing to do; there are status, migrate, cancel, lend-cdq, media-move"));
+            return Err(format!("\"{other}\" is nothing to do; there are status, migrate, cancel, lend-cdq, media-move, device-move"));
         }
     })
 }
@@ -137,6 +151,9 @@ pub fn request_line(id: u64, request: &Request) -> Vec<u8> {
         Request::MediaMove { subsystem, nsid, to } => {
             json!({ "do": "media-move", "subsystem": subsystem, "nsid": nsid, "to": to })
         }
+        Request::DeviceMove { device, controllers, namespaces, to, state } => json!({
+            "do": "device-move", "device": device, "controllers": controllers, "namespaces": namespaces, "to": to, "state": state,
+        }),
     };
     line(Some(id), value)
 }
@@ -202,6 +219,13 @@ mod tests {
             Request::LendCdq { subsystem: "a".into(), controller: 2, slots: None },
             Request::LendCdq { subsystem: "a".into(), controller: 2, slots: Some(64) },
             Request::MediaMove { subsystem: "a".into(), nsid: 1, to: "x.img".into() },
+            Request::DeviceMove {
+                device: "d".into(),
+                controllers: vec![2, 3],
+                namespaces: vec![1],
+                to: vec!["device:e/1".into()],
+                state: "/x.state".into(),
+            },
         ] {
             let line = request_line(7, &request);
             assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);

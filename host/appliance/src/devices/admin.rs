@@ -8,18 +8,22 @@ use crate::random::Urandom;
 use crate::run::exports::secret;
 use dray_device::command::{CommandQueue, SubmitError};
 use dray_device::poll::{Poll, Time};
-use dray_device::socket::{Stream, TcpSocket};
+use dray_device::function::Function;
+use dray_device::socket::{Stream, TcpSocket, UnixSocket};
+use dray_device::space::AddressSpace;
 use dray_device::vfio::VfioFunction;
+use dray_device::vfio_user::client::{ClientConfig, VfioUserClient};
 use dray_driver::nvme_tcp::{TcpConfig, TcpInitiator, TcpState};
 use dray_driver::passthru::node::namespace_device;
 use dray_driver::passthru::{PassthruAdmin, PassthruConfig, PassthruDevice};
 use dray_driver::{AdminAnswer, AdminData, Driver, DriverConfig, DriverState, QueuePairConfig, Ticket};
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::identify::IdentifyController;
+use dray_nvme::status::Status;
 use dray_nvme::tcp::pdu::Digests;
 use sha2::{Digest, Sha256};
 use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,12 +31,60 @@ use std::time::Duration;
 const PATIENCE_MS: u64 = 20_000;
 /// How long a connection may take to be made.
 const CONNECT: Duration = Duration::from_secs(10);
+/// I/O queues of a function without interrupts.
+const POLLED_QUEUES: usize = 8;
+/// Why nothing can be asked for now.
+const LENT: &str = "a controller that it manages is being moved";
 /// Commands under way in one namespace's queue at most.
 const DEPTH: u16 = 256;
 
+/// A function that is driven.
+#[derive(Clone)]
+pub(super) enum Driven {
+    Pci(Arc<VfioFunction>),
+    Socket(Arc<VfioUserClient>),
+}
+
+impl Driven {
+    /// The function behind a socket. Nothing uses its interrupts: it is polled.
+    pub(super) fn behind(name: &str, path: &Path) -> Result<Self, DeviceError> {
+        let failed = |error: &dyn std::fmt::Display| DeviceError::failed(name, &format!("{}: {error}", path.display()));
+        let socket = UnixSocket::connect(path).map_err(|error| failed(&error))?;
+        let config = ClientConfig { vectors: 0, ..ClientConfig::default() };
+        let client = VfioUserClient::connect(Box::new(socket), AddressSpace::default(), &config).map_err(|error| failed(&error))?;
+        Ok(Self::Socket(client))
+    }
+
+    /// As the driver has it.
+    pub(super) fn function(&self) -> Arc<dyn Function> {
+        match self {
+            Self::Pci(function) => Arc::clone(function) as _,
+            Self::Socket(client) => Arc::clone(client) as _,
+        }
+    }
+
+    fn vectors(&self) -> usize {
+        match self {
+            Self::Pci(function) => function.vectors(),
+            Self::Socket(_) => 0,
+        }
+    }
+
+    fn leaves(&self) -> Option<&'static str> {
+        match self {
+            Self::Pci(function) if function.is_gone() => Some("it was pulled out"),
+            Self::Pci(function) if function.asked_to_leave() => Some("the kernel has asked for it back"),
+            Self::Socket(client) if !client.look() => Some("the process that has it has closed the socket"),
+            Self::Pci(_) | Self::Socket(_) => None,
+        }
+    }
+}
+
 /// Driver, initiator, or what the kernel lends of its own.
 pub(super) enum Admin {
-    Function(Box<Driver>, Arc<VfioFunction>),
+    Function(Box<Driver>, Driven),
+    /// A move has the driver, and gives it back.
+    Lent(Box<IdentifyController>, Driven),
     Tcp(Box<TcpInitiator>, SocketAddr),
     Kernel(Box<PassthruAdmin>, PathBuf),
     /// Closed, and why.
@@ -41,10 +93,10 @@ pub(super) enum Admin {
 
 impl Admin {
     /// Drives a function until it is ready.
-    pub(super) fn function(name: &str, function: Arc<VfioFunction>, clock: Clock) -> Result<Self, DeviceError> {
-        let vectors = function.vectors();
-        let config = DriverConfig { io_queues: u16::try_from(vectors.clamp(1, 64)).unwrap_or(1), ..DriverConfig::default() };
-        let driver = Driver::new(Arc::clone(&function) as _, config).map_err(|error| DeviceError::failed(name, &error))?;
+    pub(super) fn function(name: &str, function: Driven, clock: Clock) -> Result<Self, DeviceError> {
+        let queues = if matches!(function, Driven::Socket(_)) { POLLED_QUEUES } else { function.vectors().clamp(1, 64) };
+        let config = DriverConfig { io_queues: u16::try_from(queues).unwrap_or(1), ..DriverConfig::default() };
+        let driver = Driver::new(function.function(), config).map_err(|error| DeviceError::failed(name, &error))?;
         let mut admin = Self::Function(Box::new(driver), function);
         admin.ready(name, clock)?;
         Ok(admin)
@@ -86,13 +138,13 @@ impl Admin {
             Self::Function(driver, _) => _ = driver.poll(now),
             Self::Tcp(initiator, _) => _ = initiator.poll(now),
             Self::Kernel(admin, _) => _ = admin.poll(now),
-            Self::Gone(_) => {}
+            Self::Lent(..) | Self::Gone(_) => {}
         }
         // Nobody asks for events yet: they are taken, so that others can come.
         match self {
             Self::Function(driver, _) => while driver.next_event().is_some() {},
             Self::Tcp(initiator, _) => while initiator.next_event().is_some() {},
-            Self::Kernel(..) | Self::Gone(_) => {}
+            Self::Kernel(..) | Self::Lent(..) | Self::Gone(_) => {}
         }
     }
 
@@ -101,7 +153,7 @@ impl Admin {
             Self::Function(driver, _) => driver.is_ready(),
             Self::Tcp(initiator, _) => initiator.is_ready(),
             Self::Kernel(..) => true,
-            Self::Gone(_) => false,
+            Self::Lent(..) | Self::Gone(_) => false,
         }
     }
 
@@ -117,12 +169,16 @@ impl Admin {
                 _ => None,
             },
             Self::Kernel(admin, _) => admin.fault().map(|fault| fault.to_string()),
+            Self::Lent(..) => None,
             Self::Gone(why) => Some(why.clone()),
         }
     }
 
     /// Polls until `step` has something.
     fn until<T>(&mut self, name: &str, what: &str, clock: Clock, mut step: impl FnMut(&mut Self, Time) -> Option<T>) -> Result<T, DeviceError> {
+        if matches!(self, Self::Lent(..)) {
+            return Err(DeviceError::failed(name, &format!("{what}: {LENT}")));
+        }
         let deadline = clock.now().after_ms(PATIENCE_MS);
         loop {
             let now = clock.now();
@@ -150,7 +206,7 @@ impl Admin {
             Self::Function(driver, _) => driver.request(now, entry, data),
             Self::Tcp(initiator, _) => initiator.request(now, entry, data),
             Self::Kernel(admin, _) => admin.request(now, entry, data),
-            Self::Gone(_) => Err(SubmitError::Dead),
+            Self::Lent(..) | Self::Gone(_) => Err(SubmitError::Dead),
         }
     }
 
@@ -159,7 +215,7 @@ impl Admin {
             Self::Function(driver, _) => driver.answer(ticket),
             Self::Tcp(initiator, _) => initiator.answer(ticket),
             Self::Kernel(admin, _) => admin.answer(ticket),
-            Self::Gone(_) => None,
+            Self::Lent(..) | Self::Gone(_) => None,
         }
     }
 
@@ -183,12 +239,60 @@ impl Admin {
         Ok(answer.data)
     }
 
+    /// Sends an admin command with or without data, and waits for its status.
+    pub(super) fn tell(
+        &mut self,
+        name: &str,
+        what: &str,
+        clock: Clock,
+        entry: &SubmissionEntry,
+        data: &[u8],
+    ) -> Result<Status, DeviceError> {
+        let failed = |why: String| DeviceError::Failed { name: name.to_owned(), why: format!("{what}: {why}") };
+        let data = || if data.is_empty() { AdminData::None } else { AdminData::Out(data) };
+        let ticket = self.until(name, what, clock, |admin, now| match admin.request(now, entry, data()) {
+            Err(SubmitError::Full) => None,
+            other => Some(other),
+        })?;
+        let ticket = ticket.map_err(|error| failed(error.to_string()))?;
+        let answer = self.until(name, what, clock, |admin, _| admin.answer(ticket))?;
+        if answer.completion.unknown { Err(failed("nobody knows how it ended".into())) } else { Ok(answer.completion.status) }
+    }
+
+    /// Takes the driver out, for a move of a controller that it manages.
+    pub(super) fn lend(&mut self, name: &str) -> Result<Driver, DeviceError> {
+        let identify = self.identify().copied().ok_or_else(|| DeviceError::failed(name, &"it is not identified"))?;
+        match std::mem::replace(self, Self::Gone(String::new())) {
+            Self::Function(driver, function) => {
+                *self = Self::Lent(Box::new(identify), function);
+                Ok(*driver)
+            }
+            other => {
+                *self = other;
+                let why = match self {
+                    Self::Lent(..) => LENT,
+                    Self::Gone(why) => why.as_str(),
+                    _ => "only a controller that is owned by `pci` (or reached by `vfio-user`) takes migration commands from here",
+                };
+                Err(DeviceError::failed(name, &why))
+            }
+        }
+    }
+
+    /// Takes the driver back.
+    pub(super) fn take_back(&mut self, driver: Driver) {
+        if let Self::Lent(_, function) = self {
+            *self = Self::Function(Box::new(driver), function.clone());
+        }
+    }
+
     /// What it says of itself.
     pub(super) fn identify(&self) -> Option<&IdentifyController> {
         match self {
             Self::Function(driver, _) => driver.identify(),
             Self::Tcp(initiator, _) => initiator.identify(),
             Self::Kernel(admin, _) => Some(admin.identify()),
+            Self::Lent(identify, _) => Some(identify),
             Self::Gone(_) => None,
         }
     }
@@ -206,6 +310,7 @@ impl Admin {
                 self.connection(name, address, clock)
             }
             Self::Kernel(_, path) => kernel_queue(name, path, nsid),
+            Self::Lent(..) => Err(DeviceError::failed(name, &LENT)),
             Self::Gone(why) => Err(DeviceError::failed(name, why)),
         }
     }
@@ -249,9 +354,8 @@ impl Admin {
     /// Whether the device is gone, or wanted by the kernel: then everything of it has to be let go.
     pub(super) fn leaves(&self) -> Option<&'static str> {
         match self {
-            Self::Function(_, function) if function.is_gone() => Some("it was pulled out"),
-            Self::Function(_, function) if function.asked_to_leave() => Some("the kernel has asked for it back"),
-            _ => None,
+            Self::Function(_, function) | Self::Lent(_, function) => function.leaves(),
+            Self::Tcp(..) | Self::Kernel(..) | Self::Gone(_) => None,
         }
     }
 
@@ -271,7 +375,7 @@ impl Admin {
                 // The association ends with it, which is what it is told for.
                 self.until(name, "shutting down", clock, |admin, _| admin.failure().map(drop))
             }
-            Self::Kernel(..) | Self::Gone(_) => Ok(()),
+            Self::Kernel(..) | Self::Lent(..) | Self::Gone(_) => Ok(()),
         };
         if let Err(error) = ended {
             tracing::warn!("{error}");

@@ -9,12 +9,14 @@
 
 mod admin;
 mod backing;
+mod destination;
 pub mod disk;
 mod memory;
 mod open;
 mod reservation;
 
 pub use backing::DeviceBacking;
+pub use destination::DeviceDestination;
 pub use open::{DeviceError, OpenDevice};
 
 use crate::config::Config;
@@ -22,6 +24,8 @@ use dray_controller::CommandBackingConfig;
 use dray_device::backing::Backing;
 use dray_device::space::AddressSpace;
 use dray_device::vfio::VfioSpace;
+use dray_migration::CopyGeometry;
+use dray_nvme::identify::IdentifyController;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -72,6 +76,36 @@ impl Devices {
     /// [`DeviceError`].
     pub fn backing(&self, config: &Config, name: &str, nsid: u32) -> Result<DeviceBacking, DeviceError> {
         DeviceBacking::open(self.open(config, name)?, nsid)
+    }
+
+    /// Namespaces of a device as where a copy goes, and what they hold.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn destination(
+        &self,
+        config: &Config,
+        name: &str,
+        nsids: &[u32],
+    ) -> Result<(DeviceDestination, Vec<CopyGeometry>), DeviceError> {
+        DeviceDestination::open(self.open(config, name)?, nsids)
+    }
+
+    /// Opens what the configuration says is held from start to end.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn hold(&self, config: &Config) -> Result<Vec<Arc<OpenDevice>>, DeviceError> {
+        let held = config.file.devices.iter().filter(|device| device.hold.as_ref().is_some_and(|hold| *hold.get_ref()));
+        held.map(|device| self.open(config, device.name.get_ref())).collect()
+    }
+
+    /// Who has the PCI function of a controller of a device's subsystem: this process, if that is a device of its own.
+    #[must_use]
+    pub fn owner_of(&self, device: &OpenDevice, cntlid: u16) -> Option<Arc<OpenDevice>> {
+        let of = device.identify()?;
+        let is_it = |id: IdentifyController| id.subnqn == of.subnqn && id.sn == of.sn && id.cntlid == cntlid;
+        self.all().into_iter().find(|other| other.identify().is_some_and(is_it))
     }
 
     /// What a namespace of a device is, for whoever only looks.

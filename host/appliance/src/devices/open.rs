@@ -1,20 +1,22 @@
 //! One device while it is open.
 
-use super::admin::Admin;
+use super::admin::{Admin, Driven};
 use super::memory::GuestMemory;
 use crate::config::Config;
-use crate::config::device::{Device, Iommu, Way};
+use crate::config::device::{Device, Iommu, Way, uuid};
 use crate::core::clock::Clock;
 use dray_controller::{CommandBackingConfig, UsesMemory};
 use dray_device::command::CommandQueue;
 use dray_device::pci::{Inventory, PciAddress};
 use dray_device::space::AddressSpace;
 use dray_device::vfio::{IommuChoice, VfioConfig, VfioFunction, VfioSpace};
+use dray_driver::Driver;
 use dray_driver::passthru::node::{block_devices, namespace_device};
 use dray_nvme::command::SubmissionEntry;
-use dray_nvme::identify::{Cns, CommandSetId, IDENTIFY_BYTES, IdentifyController, IdentifyNamespace};
+use dray_nvme::identify::{Cns, CommandSetId, IDENTIFY_BYTES, IdentifyController, IdentifyNamespace, controller_list};
 use dray_nvme::status::Status;
 use rustix::fs::{Mode, OFlags};
+use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::Path;
@@ -160,10 +162,11 @@ impl OpenDevice {
             Way::Pci(address) => {
                 bound = bind(file, address)?.then_some(address);
                 let made = space(file, spaces).and_then(|space| {
-                    let function = VfioFunction::open(&address, &space, &VfioConfig::default());
+                    let vf_token = file.vf_token.as_ref().and_then(|token| uuid(token.get_ref()));
+                    let function = VfioFunction::open(&address, &space, &VfioConfig { vf_token, ..VfioConfig::default() });
                     let function = function.map_err(|error| DeviceError::failed(&name, &error))?;
                     memory = Some(space.space().clone());
-                    Admin::function(&name, function, clock)
+                    Admin::function(&name, Driven::Pci(function), clock)
                 });
                 if made.is_err() {
                     unbind(&name, bound);
@@ -172,6 +175,11 @@ impl OpenDevice {
             }
             Way::Passthru(path) => Admin::kernel(&name, path)?,
             Way::NvmeTcp(address) => Admin::tcp(config, file, address, clock)?,
+            Way::VfioUser(path) => {
+                let function = Driven::behind(&name, &config.path(&path))?;
+                memory = Some(function.function().space().clone());
+                Admin::function(&name, function, clock)?
+            }
         };
         let shared = Arc::new(Shared {
             admin: Mutex::new(admin),
@@ -272,12 +280,74 @@ impl OpenDevice {
         self.reservable.lock().unwrap_or_else(PoisonError::into_inner).contains(&nsid)
     }
 
-    pub(super) fn queue(&self, nsid: u32) -> Result<Box<dyn CommandQueue>, DeviceError> {
+    /// A queue of its own for a namespace.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn queue(&self, nsid: u32) -> Result<Box<dyn CommandQueue>, DeviceError> {
         let nth = self.queues.fetch_add(1, Ordering::Relaxed);
         self.shared.admin().queue(self.name(), nsid, nth, self.shared.clock)
     }
 
-    fn namespace_error(&self, nsid: u32, why: &str) -> DeviceError {
+    /// Sends an admin command, and waits for its status.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when it is not known.
+    pub fn tell(&self, what: &str, entry: &SubmissionEntry, data: &[u8]) -> Result<Status, DeviceError> {
+        self.shared.admin().tell(self.name(), what, self.shared.clock, entry, data)
+    }
+
+    /// The controllers of its subsystem that a namespace is attached to (Identify, CNS 12h).
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn controllers_of(&self, nsid: u32) -> Result<Vec<u16>, DeviceError> {
+        let entry = SubmissionEntry::identify(Cns::NAMESPACE_CONTROLLERS, nsid, 0, CommandSetId::NVM);
+        let what = "Identify (controllers attached to a namespace)";
+        let page = self.shared.admin().ask(self.name(), what, self.shared.clock, &entry, IDENTIFY_BYTES)?;
+        Ok(controller_list(&page).collect())
+    }
+
+    /// Each namespace has a queue of its own, which takes no other's commands.
+    pub(super) fn has_queue_per_namespace(&self) -> bool {
+        matches!(&*self.shared.admin(), Admin::Kernel(..))
+    }
+
+    /// Takes its driver out, for a move of a controller that it manages; until it is [back](Self::take_back) nothing can be asked
+    /// of the device. Queues of namespaces go on.
+    ///
+    /// # Errors
+    /// [`DeviceError`] where there is none, or a move has it already.
+    pub fn lend(&self) -> Result<Driver, DeviceError> {
+        self.shared.admin().lend(self.name())
+    }
+
+    /// The driver that was lent.
+    pub fn take_back(&self, driver: Driver) {
+        self.shared.admin().take_back(driver);
+    }
+
+    /// What tells a namespace from all others: a hash of what the drive says of itself and of it.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn identity(&self, nsid: u32) -> Result<[u8; 16], DeviceError> {
+        let entry = SubmissionEntry::identify(Cns::NAMESPACE, nsid, 0, CommandSetId::NVM);
+        let mut admin = self.shared.admin();
+        let page = admin.ask(self.name(), "Identify Namespace", self.shared.clock, &entry, IDENTIFY_BYTES)?;
+        let identify = IdentifyNamespace::read_from_bytes(&page[..]);
+        let identify = identify.map_err(|_| self.namespace_error(nsid, "has no description"))?;
+        let controller = admin.identify().copied();
+        let controller = controller.ok_or_else(|| self.namespace_error(nsid, "is of a controller without Identify"))?;
+        let of_drive = [&controller.sn[..], &controller.mn, &controller.subnqn].concat();
+        let of_namespace = [&identify.nguid[..], &identify.eui64, &nsid.to_le_bytes()].concat();
+        let hash = Sha256::digest([of_drive, of_namespace].concat());
+        let mut short = [0; 16];
+        short.copy_from_slice(&hash[..16]);
+        Ok(short)
+    }
+
+    pub(super) fn namespace_error(&self, nsid: u32, why: &str) -> DeviceError {
         DeviceError::Namespace { name: self.name().to_owned(), nsid, why: why.to_owned() }
     }
 

@@ -139,15 +139,21 @@ impl Kept {
 /// A namespace of a device as the copy. What is on it goes.
 fn of_device(config: &Config, namespace: &Namespace, name: &str, nsid: u32) -> Result<(Target, Box<dyn Backing>), ControlError> {
     let whole = device::name_of(name, nsid);
-    for subsystem in &config.file.subsystems {
-        if let Some(other) = subsystem.namespaces.iter().find(|other| other.at_device() == Some((name, nsid))) {
-            let (nsid, name) = (other.nsid.get_ref(), subsystem.name.get_ref());
-            return Err(refused(format!("{whole} is namespace {nsid} of \"{name}\"")));
-        }
-    }
+    not_served(config, name, nsid)?;
     let block = block_of(config, namespace)?;
     let copy = crate::devices::backing(config, name, nsid, Some(block)).map_err(refused)?;
     Ok((Target { path: PathBuf::from(&whole), name: whole, made: false, goes: false }, copy))
+}
+
+/// A namespace of a device that is one of ours is nowhere to copy to.
+pub(super) fn not_served(config: &Config, name: &str, nsid: u32) -> Result<(), ControlError> {
+    for subsystem in &config.file.subsystems {
+        if let Some(other) = subsystem.namespaces.iter().find(|other| other.at_device() == Some((name, nsid))) {
+            let (whole, nsid, name) = (device::name_of(name, nsid), other.nsid.get_ref(), subsystem.name.get_ref());
+            return Err(refused(format!("{whole} is namespace {nsid} of \"{name}\"")));
+        }
+    }
+    Ok(())
 }
 
 /// The file of a copy.

@@ -2,6 +2,7 @@
 
 use super::Place;
 use super::core::{Mailbox, Order};
+use super::departure::Leaving;
 use super::fronts::{Pair, Unknown, Way};
 use super::hand_over::{self, Session};
 use super::media::{Kept, Prepared, Wish, prepare};
@@ -61,6 +62,8 @@ pub(super) enum Kind {
     Controllers { back: bool, names: [String; 2] },
     /// The media behind controllers that stay.
     Media(Box<Kept>),
+    /// Controllers of a device that others drive, and their media.
+    Departure(Box<Leaving>),
     /// As the first, driven by the client of the end that serves.
     HandOver { names: [String; 2], session: Arc<Session>, board: Arc<hand_over::Board> },
 }
@@ -72,6 +75,7 @@ impl Kind {
             Self::Controllers { .. } => "migration",
             Self::HandOver { .. } => "hand-over",
             Self::Media(_) => "media-move",
+            Self::Departure(_) => "departure",
         }
     }
 
@@ -82,6 +86,13 @@ impl Kind {
             Self::Media(kept) => {
                 (value["subsystem"], value["nsid"]) = (json!(kept.subsystem), json!(kept.nsid));
                 &kept.names
+            }
+            Self::Departure(leaving) => {
+                let note = &leaving.note;
+                (value["device"], value["controllers"]) = (json!(note.device), json!(note.controllers));
+                value["namespaces"] = note.namespaces.iter().map(|one| one.nsid).collect();
+                value["states"] = json!(note.states);
+                &leaving.names()
             }
         };
         (value["kind"], value["from"], value["to"]) = (json!(self.name()), json!(from), json!(to));
@@ -103,12 +114,19 @@ impl Kind {
                 let (subsystem, from, to) = (Some(subsystem.clone()), from.clone(), to.clone());
                 MigrationEntry { kind, subsystem, from, to, nsid: *nsid, nguid, ..MigrationEntry::default() }
             }
+            Self::Departure(leaving) => {
+                let [from, to] = leaving.names();
+                let mut nsids = leaving.note.namespaces.iter().map(|one| one.nsid);
+                let (kind, nsid) = (MoveKind::Departure, nsids.next().unwrap_or_default());
+                MigrationEntry { kind, from, to, nsid, further: nsids.collect(), ..MigrationEntry::default() }
+            }
         }
     }
 
     /// For people.
-    fn words(&self, number: u64) -> String {
+    pub(super) fn words(&self, number: u64) -> String {
         match self {
+            Self::Departure(leaving) => format!("move {number} of {} to {}", leaving.note.words(), leaving.note.to()),
             Self::Controllers { names: [from, to], .. } => format!("migration {number} of {from} to {to}"),
             Self::HandOver { names: [from, to], .. } => format!("migration {number} of {from} to {to}, driven by a client,"),
             Self::Media(kept) => {
@@ -124,6 +142,7 @@ impl Kind {
         match self {
             Self::Controllers { .. } | Self::HandOver { .. } => "the source serves",
             Self::Media(_) => "the old backing serves",
+            Self::Departure(_) => "the controller goes on where it was",
         }
     }
 }
@@ -360,9 +379,12 @@ impl Migrations {
             return None;
         }
         let running = self.running.take()?;
-        let report = match reclaim(mailbox) {
-            Ok(Some(migration)) => migration.finish().4,
-            Ok(None) => Report::default(),
+        let (source, report) = match reclaim(mailbox) {
+            Ok(Some(migration)) => {
+                let (source, .., report) = migration.finish();
+                (Some(source), report)
+            }
+            Ok(None) => (None, Report::default()),
             Err(error) => {
                 self.in_doubt = true;
                 if let Some(asker) = running.asker {
@@ -386,9 +408,13 @@ impl Migrations {
         let words = outcome(&report.outcome, running.kind.old()).1;
         let line = format!("{}: {words}", running.kind.words(running.number));
         self.noted = running.history.end_beside(&report, &words);
-        if let Kind::Media(kept) = running.kind {
-            let is_clear = matches!(report.outcome, Outcome::Undone(_));
-            kept.over(report.outcome == Outcome::Moved, is_clear, config);
+        match (running.kind, source) {
+            (Kind::Media(kept), _) => {
+                let is_clear = matches!(report.outcome, Outcome::Undone(_));
+                kept.over(report.outcome == Outcome::Moved, is_clear, config);
+            }
+            (Kind::Departure(leaving), Some(source)) => leaving.over(source, matches!(report.outcome, Outcome::Undone(_))),
+            _ => {}
         }
         Some(line)
     }
@@ -401,7 +427,7 @@ impl Migrations {
                     Kind::Controllers { back: true, .. } => self.serving = Owner::Source,
                     Kind::Controllers { back: false, .. } => self.serving = Owner::Destination,
                     Kind::HandOver { session, .. } => self.serving = hand_over::other(session.from),
-                    Kind::Media(_) => {}
+                    Kind::Media(_) | Kind::Departure(_) => {}
                 }
                 Ok(())
             }

@@ -13,6 +13,7 @@
 //! disconnected.
 
 mod core;
+mod departure;
 pub(crate) mod exports;
 mod fronts;
 mod hand_over;
@@ -25,6 +26,8 @@ mod status;
 use self::core::{CoreView, Mailbox, Order, RunCore};
 use crate::assembly::{self, Machine, Migratable};
 use crate::backings;
+use crate::departures;
+use crate::devices::OpenDevice;
 use crate::config::{Config, Role};
 use crate::control::server::{Asked, ControlServer, Outbox};
 use crate::control::{Asker, ControlError, ErrorCode, Reply, Request, socket_path};
@@ -159,6 +162,8 @@ struct Appliance {
     outbox: Outbox,
     asked: Receiver<Asked>,
     stopping: bool,
+    /// Devices whose controllers others may drive.
+    _held: Vec<Arc<OpenDevice>>,
     // Last, so that the socket goes when all else has ended.
     control: ControlServer,
 }
@@ -178,7 +183,10 @@ impl Appliance {
         let (seats, machines) = std::thread::scope(|scope| {
             // A component that is refused must not be found out by the first migration. To load them takes longest of all.
             let seats = std::thread::Builder::new().name("dray-load".into()).spawn_scoped(scope, || policies::seat(&config, clock));
-            let machines = records.close().map_err(Into::into).and_then(|()| machines(&config, &records, serving));
+            let machines = records.close().map_err(Into::into).and_then(|()| {
+                let held = config.devices.hold(&config)?;
+                Ok::<_, miette::Report>((held, machines(&config, &records, serving)?))
+            });
             (seats.map(ScopedJoinHandle::join), machines)
         });
         let seats = seats.into_diagnostic()?.map_err(|_| miette!("the thread that loads policies has died"))?;
@@ -186,8 +194,14 @@ impl Appliance {
         for (role, policy) in status::policies(&config) {
             say(&format!("policy       {role}: {}", policy.component.get_ref().display()));
         }
-        let machines = machines?;
+        let (held, machines) = machines?;
         drop(records);
+        for line in departures::settle(&config)? {
+            say(&format!("departure    {line}"));
+        }
+        for device in config.devices.all() {
+            say(&format!("device       {}", departure::line(&config, &device)));
+        }
         let place = |name: &String| machines.iter().position(|m| m.name == *name).ok_or_else(|| miette!("no subsystem \"{name}\""));
         let ends = [place(config.file.migration.from.get_ref())?, place(config.file.migration.to.get_ref())?];
         let fronts = if config.hands_over() { Fronts::apart(&machines, ends) } else { Fronts::new(&machines, ends, serving) };
@@ -220,6 +234,7 @@ impl Appliance {
             exports: labels,
             desk: clients.desk,
             stopping: false,
+            _held: held,
             config,
             clock,
             places,
@@ -273,6 +288,12 @@ impl Appliance {
                 Ok((value, socket)) => return self.outbox.send(asker, Reply::Done(value, vec![socket])),
                 Err(error) => Err(error),
             },
+            Request::DeviceMove { device, controllers, namespaces, to, state } => {
+                match self.device_move(asker, &departure::Wish { device, controllers, namespaces, to, state }) {
+                    Ok(()) => return,
+                    Err(error) => Err(error),
+                }
+            }
             Request::MediaMove { subsystem, nsid, to } => match self.media_move(asker, &Wish { subsystem, nsid, to }) {
                 Ok(()) => return,
                 Err(error) => Err(error),
@@ -335,6 +356,18 @@ impl Appliance {
             seats: &mut self.seats,
         };
         let words = self.migrations.start_media(asker, wish, with)?;
+        say(&format!("{words} begins"));
+        Ok(())
+    }
+
+    fn device_move(&mut self, asker: Asker, wish: &departure::Wish) -> Result<(), ControlError> {
+        let with = departure::Surroundings {
+            config: &self.config,
+            clock: self.clock,
+            mailbox: &self.mailbox,
+            seats: &mut self.seats,
+        };
+        let words = self.migrations.start_departure(asker, wish, with)?;
         say(&format!("{words} begins"));
         Ok(())
     }

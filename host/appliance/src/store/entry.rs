@@ -23,6 +23,8 @@ pub enum MoveKind {
     Migration,
     /// The media behind controllers that stayed.
     MediaMove,
+    /// Controllers of a device that others drive.
+    Departure,
 }
 
 /// A migration or a media move, from its begin on.

@@ -56,6 +56,11 @@ impl Controller {
                 let active = self.active_nsids().filter(|&active| active > nsid);
                 write_nsid_list(active, page);
             }
+            Cns::ALLOCATED_NAMESPACES if self.attaches => {
+                let mut all: Vec<u32> = shared.namespaces.iter().map(|namespace| namespace.config.nsid).filter(|&it| it > nsid).collect();
+                all.sort_unstable();
+                write_nsid_list(all, page);
+            }
             Cns::CONTROLLERS => list_controllers(shared.controllers.iter().copied(), cdw10.cntid(), page),
             Cns::NAMESPACE_CONTROLLERS => {
                 if !shared.namespaces.iter().any(|namespace| namespace.config.nsid == nsid) {
@@ -99,7 +104,7 @@ impl Controller {
         page.oaes = Oaes::new().with_namespace_attribute(true);
         page.ctratt = Ctratt::new().with_hids(true);
         page.cntrltype = ControllerType::IO;
-        page.oacs = Oacs::new().with_hmlms(self.is_manager()).with_dbcs(self.offers_shadow());
+        page.oacs = Oacs::new().with_hmlms(self.is_manager()).with_dbcs(self.offers_shadow()).with_namespace_management(self.attaches);
         (page.acl, page.aerl, page.frmw, page.elpe) = (3, AERL, 0x03, (ERROR_ENTRIES - 1) as u8);
         page.lpa = Lpa::new().with_effects(true).with_extended(true);
         (page.wctemp, page.cctemp) = (343, 373);

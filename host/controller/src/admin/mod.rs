@@ -168,6 +168,7 @@ impl Controller {
             | AdminOpcode::ABORT
             | AdminOpcode::ASYNC_EVENT_REQUEST => true,
             AdminOpcode::DOORBELL_BUFFER_CONFIG => self.offers_shadow(),
+            AdminOpcode::NAMESPACE_ATTACHMENT | AdminOpcode::NAMESPACE_MANAGEMENT => self.attaches,
             AdminOpcode::TRACK_SEND
             | AdminOpcode::TRACK_RECEIVE
             | AdminOpcode::MIGRATION_SEND
@@ -187,7 +188,9 @@ impl Controller {
             | AdminOpcode::TRACK_RECEIVE
             | AdminOpcode::MIGRATION_SEND
             | AdminOpcode::MIGRATION_RECEIVE
-            | AdminOpcode::CONTROLLER_DATA_QUEUE => true,
+            | AdminOpcode::CONTROLLER_DATA_QUEUE
+            | AdminOpcode::NAMESPACE_ATTACHMENT
+            | AdminOpcode::NAMESPACE_MANAGEMENT => true,
             _ => false,
         }
     }

@@ -37,6 +37,7 @@ pub mod queue;
 pub use desk::{Asker, Clerk, CopyOf, Declined};
 pub use queue::{BackingQueue, BackingShelf, TakeError};
 
+use crate::departure::Departure;
 use crate::destination::Destination;
 use crate::hand_over::HandOver;
 use crate::hooks::{FenceControl, GuestSlot, GuestView, Hooks, Journal};
@@ -144,4 +145,6 @@ pub(crate) enum Way {
     Media(Box<dyn BackingExchange>),
     /// Media and controller state move, and a VM manager has both ends of the guest.
     HandOver(HandOver),
+    /// Media moves, the controllers' state is kept, and nobody here takes them over.
+    Departure(Departure),
 }

@@ -8,7 +8,9 @@ use dray_device::poll::{Progress, Time};
 use dray_driver::AdminData;
 use dray_nvme::cdq::{Esa, UdmqEntry};
 use dray_nvme::command::SubmissionEntry;
-use dray_nvme::identify::{IdentifyController, IdentifyControllerNvm, IdentifyNamespace};
+use dray_nvme::identify::{
+    IdentifyController, IdentifyControllerNvm, IdentifyNamespace, controller_list, write_controller_list, write_nsid_list,
+};
 use dray_nvme::status::Status;
 use dray_policy::role::CdqQueue;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -38,7 +40,12 @@ pub struct Inner {
     /// What was on stable storage at the last flush.
     pub stable: Vec<u8>,
     pub controllers: BTreeMap<u16, Controller>,
+    /// Of namespace 1.
     pub attached: Vec<u16>,
+    /// Namespaces besides, and who has them.
+    pub others: Vec<(u32, Vec<u16>)>,
+    /// Times that the guest resets its controller as the namespace is being detached, and whether it writes a block then.
+    pub wakes_at_detach: (u32, bool),
     pub nsze: u64,
     pub log: Arc<Mutex<Vec<String>>>,
     pub unreadable: BTreeSet<u64>,
@@ -103,6 +110,8 @@ impl Drive {
             stable: vec![0; blocks as usize * BLOCK],
             controllers: controllers.iter().map(controller).collect(),
             attached,
+            others: Vec::new(),
+            wakes_at_detach: (0, false),
             nsze: blocks,
             log: Arc::clone(log),
             unreadable: BTreeSet::new(),
@@ -142,6 +151,10 @@ impl Drive {
     pub fn guest_write(&self, cntlid: u16, slba: u64, blocks: u64, byte: u8) -> bool {
         let mut inner = self.lock();
         if inner.fenced || inner.controllers.get(&cntlid).is_none_or(|c| c.suspended) {
+            return false;
+        }
+        // Where namespaces can be detached, it matters whether they are.
+        if inner.identify.oacs.namespace_management() && !inner.attached.contains(&cntlid) {
             return false;
         }
         let (from, to) = (slba as usize * BLOCK, (slba + blocks) as usize * BLOCK);
@@ -216,7 +229,8 @@ impl Inner {
             return Answer { status, ..answer };
         }
         match opcode {
-            0x06 => answer.data = self.identify_page(select as u8, bytes),
+            0x06 => answer.data = self.identify_page(select as u8, entry.nsid, bytes),
+            0x15 => return self.attachment(entry, data, answer),
             0x09 => self.limit = entry.cdw12,
             0x3d => {
                 // The fake's CDQID is the CNTLID it watches.
@@ -265,6 +279,35 @@ impl Inner {
         answer
     }
 
+    fn attachment(&mut self, entry: &SubmissionEntry, data: AdminData<'_>, answer: Answer) -> Answer {
+        let AdminData::Out(list) = data else { return Answer { status: Status::INVALID_FIELD, ..answer } };
+        assert_eq!(entry.nsid, 1);
+        let id = controller_list(list).next().expect("a controller");
+        if entry.cdw10 & 0xf == 0 {
+            self.say(format!("attach {id}"));
+            if self.attached.contains(&id) {
+                return Answer { status: Status::NAMESPACE_ALREADY_ATTACHED, ..answer };
+            }
+            self.attached.push(id);
+            return answer;
+        }
+        self.say(format!("detach {id}"));
+        if !self.attached.contains(&id) {
+            return Answer { status: Status::NAMESPACE_NOT_ATTACHED, ..answer };
+        }
+        let (wakes, writes) = self.wakes_at_detach;
+        if wakes > 0 {
+            self.wakes_at_detach.0 -= 1;
+            self.controllers.get_mut(&id).expect("controller").suspended = false;
+        }
+        if wakes > 0 && writes {
+            self.media[..BLOCK].fill(0x77);
+            self.post(id, UdmqEntry::range(1, 0, 0, false), false);
+        }
+        self.attached.retain(|&attached| attached != id);
+        answer
+    }
+
     fn resume(&mut self, id: u16, answer: Answer) -> Answer {
         self.say(format!("resume {id}"));
         let applied = self.unknown_resume.unwrap_or(true);
@@ -278,7 +321,7 @@ impl Inner {
         Answer { unknown: self.unknown_resume.take().is_some(), ..answer }
     }
 
-    fn identify_page(&self, cns: u8, bytes: usize) -> Vec<u8> {
+    fn identify_page(&self, cns: u8, nsid: u32, bytes: usize) -> Vec<u8> {
         let mut page = vec![0; bytes];
         match cns {
             0x00 => {
@@ -287,11 +330,13 @@ impl Inner {
                 namespace.lbaf[0] = namespace.lbaf[0].with_lbads(9);
                 page[..4096].copy_from_slice(namespace.as_bytes());
             }
+            0x10 => {
+                let all = std::iter::once(1).chain(self.others.iter().map(|other| other.0));
+                write_nsid_list(all, &mut page);
+            }
             0x12 => {
-                page[..2].copy_from_slice(&(self.attached.len() as u16).to_le_bytes());
-                for (i, id) in self.attached.iter().enumerate() {
-                    page[2 + 2 * i..4 + 2 * i].copy_from_slice(&id.to_le_bytes());
-                }
+                let other = self.others.iter().find(|other| other.0 == nsid).map(|other| &other.1);
+                write_controller_list(other.unwrap_or(&self.attached).iter().copied(), &mut page);
             }
             0x20 => page[0] = 1,
             _ => {}

@@ -1,5 +1,6 @@
 //! Whole migrations between two fakes, under a made-up clock: the rules of the way of the data, a test each.
 
+mod departure;
 pub(crate) mod fake;
 mod hand_over;
 mod holes;

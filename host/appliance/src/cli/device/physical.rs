@@ -26,12 +26,8 @@ pub(in super::super) struct PciArgs {
 
 /// Reads a UUID; hyphens may be anywhere.
 pub(super) fn uuid(text: &str) -> Result<[u8; 16], String> {
-    let digits: String = text.chars().filter(|c| *c != '-').collect();
     let bad = || format!("\"{text}\" is no UUID: 32 hexadecimal digits are, like 83f69257-0c9b-4b4f-a3e9-b4bb1d3c2a55");
-    if digits.len() != 32 || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return Err(bad());
-    }
-    u128::from_str_radix(&digits, 16).map(u128::to_be_bytes).map_err(|_| bad())
+    crate::config::device::uuid(text).ok_or_else(bad)
 }
 
 /// The address of `pci:ADDRESS`, or of an address alone.
