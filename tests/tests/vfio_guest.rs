@@ -280,11 +280,11 @@ fn behind_a_physical_function_of_ours(guest: &mut Guest, at: &str) {
     assert!(good(guest, &format!("device unbind {at}")).contains("the driver nvme has it now"));
 }
 
-/// The commands of README's section "On hardware", without their comments.
+/// The commands of the block in README's section "On hardware", without their comments.
 fn commands_of_the_readme() -> Vec<String> {
     let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).expect("the README");
     let section = readme.split("\n## ").find(|section| section.starts_with("On hardware\n")).expect("its section");
-    let lines = section.lines().filter_map(|line| line.strip_prefix("    dray "));
+    let lines = section.lines().skip_while(|line| !line.starts_with("    dray ")).map_while(|line| line.strip_prefix("    dray "));
     lines.map(|line| line.split(" #").next().unwrap_or(line).trim().to_owned()).collect()
 }
 
