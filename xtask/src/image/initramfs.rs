@@ -47,8 +47,9 @@ pub fn build(inputs: &Inputs) -> Outcome<(Vec<u8>, usize)> {
     Ok((lz4::compress(&bytes), bytes.len()))
 }
 
-/// Adds every module of every set with those that it needs. Two lists for the first process: a set per line, each of its words with
-/// what that needs in the order to load, joined by `+`, after a `!` if no device has to be there for it; and what devices the modules are for that are of use with one alone.
+/// Adds every module of every set with those that it needs. Two lists for the first process: a set per line, each of its words
+/// with what that needs in the order to load, joined by `+`, after a `!` if no device has to be there for it; and what devices the
+/// modules are for that are of use with one alone.
 fn add_modules(archive: &mut Archive, inputs: &Inputs) -> Outcome<(String, String)> {
     let kernel = &inputs.kernel;
     let modules = Modules::find(&kernel.root, &kernel.version, &kernel.unpacker)?;

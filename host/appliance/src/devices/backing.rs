@@ -60,8 +60,7 @@ impl DeviceBacking {
         let bounce = device.space().map(|space| space.map(&memory, true)).transpose().map_err(|error| failed(&error))?;
         let backing = device.queue(nsid).and_then(|mut queue| {
             if device.is_reservable(nsid) {
-                let cntlid = device.identify().map_or(0, |identify| identify.cntlid);
-                respect(Asked { device: device.name(), cntlid, nsid, clock: device.clock() }, &mut *queue, &memory)?;
+                respect(Asked::of(device, nsid), &mut *queue, &memory)?;
             }
             CommandBacking::new(queue, config, &memory).map_err(|error| failed(&error))
         });

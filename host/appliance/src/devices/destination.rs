@@ -2,7 +2,7 @@
 //! compare.
 
 use super::open::{DeviceError, OpenDevice};
-use super::reservation::respect;
+use super::reservation::{Asked, respect};
 use crate::moving::local_features;
 use dray_device::command::{Completion, SubmitError};
 use dray_device::memory::{DmaBuffer, PAGE, Pages};
@@ -50,7 +50,7 @@ impl DeviceDestination {
             let page = DmaBuffer::allocate("dray-report", PAGE, Pages::Small).map_err(|error| failed(&error))?;
             let iova = space.map(&page, true).map_err(|error| failed(&error))?;
             let mine = nsids.iter().filter(|&&nsid| device.is_reservable(nsid));
-            let respected = mine.map(|&nsid| respect(device, &mut *queue, nsid, &page)).collect::<Result<Vec<()>, _>>();
+            let respected = mine.map(|&nsid| respect(Asked::of(device, nsid), &mut *queue, &page)).collect::<Result<Vec<()>, _>>();
             let _nothing_uses_it = space.unmap(iova);
             respected?;
         }

@@ -1,6 +1,6 @@
 //! Reservations of a device's namespace: what another host has kept for itself is not served.
 
-use super::open::DeviceError;
+use super::open::{DeviceError, OpenDevice};
 use crate::core::clock::Clock;
 use dray_device::command::{CommandQueue, Completion, SubmitError};
 use dray_device::memory::{DmaBuffer, PAGE};
@@ -21,6 +21,14 @@ pub(super) struct Asked<'a> {
     pub(super) nsid: u32,
     /// What its commands' time-outs are counted by.
     pub(super) clock: Clock,
+}
+
+impl<'a> Asked<'a> {
+    /// A namespace of a device that is open.
+    pub(super) fn of(device: &'a OpenDevice, nsid: u32) -> Self {
+        let cntlid = device.identify().map_or(0, |identify| identify.cntlid);
+        Self { device: device.name(), cntlid, nsid, clock: device.clock() }
+    }
 }
 
 /// Asks for the reservations of a namespace, through a queue that has nothing else under way. `memory` is reached by the device.

@@ -1,9 +1,10 @@
 //! Kernel modules are loaded on threads of their own, as many at a time as there are processors.
 //!
-//! Most of what a module costs where the machine is emulated is the kernel's check of its signature, which takes one processor and no
-//! lock: two processors check two at a time, and PID 1 does other things meanwhile. Chains of modules are put into a queue with a
-//! [`Rank`], and whoever needs them waits for their [`Ticket`]. A module that stands in several chains is loaded once; a chain that
-//! needs it waits until that is done. One whose driver hangs keeps its thread, and whoever waits for it no longer than his patience.
+//! Most of what a module costs where the machine is emulated is the kernel's check of its signature, which takes one processor and
+//! no lock: two processors check two at a time, and PID 1 does other things meanwhile. Chains of modules are put into a queue with
+//! a [`Rank`], and whoever needs them waits for their [`Ticket`]. A module that stands in several chains is loaded once; a chain
+//! that needs it waits until that is done. One whose driver hangs keeps its thread, and whoever waits for it no longer than his
+//! patience.
 
 use super::modules::Module;
 use std::collections::{BTreeMap, HashMap, VecDeque};

@@ -15,9 +15,10 @@ pub const LIST: &str = "/etc/dray/aliases";
 pub const BUSES: &str = "/sys/bus";
 /// Those that patterns are for: to read what stands on all others takes a good part of a second where the machine is emulated.
 const LOOKED_AT: [&str; 2] = ["pci", "virtio"];
-/// Whose disks come some time after the driver: SCSI, RAID, SAS, USB. Those of SATA, NVMe and virtio-blk are there when the driver
-/// has been loaded, since the kernel waits for its probes then.
-const LATE: [&str; 6] = ["pci:*bc01sc00*", "pci:*bc01sc04*", "pci:*bc01sc05*", "pci:*bc01sc07*", "pci:*bc0Csc03*", "virtio:d00000008*"];
+/// Whose disks come some time after the driver: SCSI, RAID, SAS, USB. Those of SATA, NVMe and virtio-blk are there when the
+/// driver has been loaded, since the kernel waits for its probes then.
+const LATE: [&str; 6] =
+    ["pci:*bc01sc00*", "pci:*bc01sc04*", "pci:*bc01sc05*", "pci:*bc01sc07*", "pci:*bc0Csc03*", "virtio:d00000008*"];
 /// Most bytes of a device's `modalias`: the kernel makes at most a page.
 const MODALIAS_BYTES: u64 = 4096;
 /// Most devices that are looked at.
@@ -133,14 +134,17 @@ mod tests {
         let pci = |class: &str| format!("pci:v00008086d00002922sv00001AF4sd00001100bc{class}");
         let late = |devices: &[String]| may_bring_disks_later(devices);
         assert!(!late(&[pci("01sc06i01"), pci("01sc08i02"), pci("02sc00i00"), "virtio:d00000002v00001AF4".into()]));
-        assert!(late(&[pci("02sc00i00"), pci("0Csc03i30")]) && late(&[pci("01sc07i00")]) && late(&["virtio:d00000008v00001AF4".into()]));
+        assert!(late(&[pci("02sc00i00"), pci("0Csc03i30")]) && late(&[pci("01sc07i00")]));
+        assert!(late(&["virtio:d00000008v00001AF4".into()]));
         assert!(late(&[]), "nothing is known of any device");
     }
 
     #[test]
     fn a_module_is_left_out_only_if_it_says_what_it_is_for_and_none_of_that_is_there() {
         let buses = std::env::temp_dir().join(format!("dray-buses-{}", std::process::id()));
-        for (device, text) in [("pci/devices/0000:00:02.0", "pci:v1d2\n"), ("virtio/devices/virtio0", "virtio:d1v7\n"), ("acpi/devices/a", "acpi:A:\n")] {
+        let entries =
+            [("pci/devices/0000:00:02.0", "pci:v1d2\n"), ("virtio/devices/virtio0", "virtio:d1v7\n"), ("acpi/devices/a", "acpi:A:\n")];
+        for (device, text) in entries {
             std::fs::create_dir_all(buses.join(device)).expect("folder");
             std::fs::write(buses.join(device).join("modalias"), text).expect("file");
         }

@@ -1,9 +1,10 @@
 //! Kernel modules: the lists of `/etc/dray/modules`.
 //!
 //! A line is a set: its name, a colon, and chains of modules; a set may have several lines, `#` begins a comment. A chain is one
-//! or more modules joined by `+`, which are loaded in this order: a module comes after those that it needs; a `!` in front says that
-//! they are wanted whatever devices are there. Chains may be loaded at the same time ([`super::loader`]). A module is a path below `/lib/modules/VERSION/`, and may be followed by parameters in
-//! parentheses: `kernel/drivers/nvme/host/nvme.ko(poll_queues=2)`.
+//! or more modules joined by `+`, which are loaded in this order: a module comes after those that it needs; a `!` in front says
+//! that they are wanted whatever devices are there. Chains may be loaded at the same time ([`super::loader`]). A module is a path
+//! below `/lib/modules/VERSION/`, and may be followed by parameters in parentheses:
+//! `kernel/drivers/nvme/host/nvme.ko(poll_queues=2)`.
 //!
 //! Debian's kernels have much of this built in, and hardware is there or not: a module that is not there, is in the kernel
 //! already or finds no device is no error. What is one is said, and the start goes on. Those that would find no device are not

@@ -431,7 +431,8 @@ impl Supervisor {
 
 /// Whether an appliance needs the network to start: it listens at addresses of its own, or reaches for other machines.
 fn needs_addresses(config: &Config) -> bool {
-    let own = |export: &Export| *export.by.get_ref() == ExportBy::NvmeTcp && export.address().is_none_or(|at| !at.ip().is_unspecified());
+    let at_own = |export: &Export| export.address().is_none_or(|at| !at.ip().is_unspecified());
+    let own = |export: &Export| *export.by.get_ref() == ExportBy::NvmeTcp && at_own(export);
     let away = |device: &Device| matches!(device.way(), Some(Way::NvmeTcp(_)));
     config.file.exports.iter().any(own) || config.file.devices.iter().any(away)
 }

@@ -182,7 +182,8 @@ impl Appliance {
         let clock = Clock::new();
         let (seats, machines) = std::thread::scope(|scope| {
             // A component that is refused must not be found out by the first migration. To load them takes longest of all.
-            let seats = std::thread::Builder::new().name("dray-load".into()).spawn_scoped(scope, || policies::seat(&config, clock));
+            let thread = std::thread::Builder::new().name("dray-load".into());
+            let seats = thread.spawn_scoped(scope, || policies::seat(&config, clock));
             let machines = records.close().map_err(Into::into).and_then(|()| {
                 let held = config.devices.hold(&config)?;
                 Ok::<_, miette::Report>((held, machines(&config, &records, serving)?))
