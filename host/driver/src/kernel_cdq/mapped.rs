@@ -10,7 +10,10 @@ use dray_device::event::EventLine;
 use dray_device::memory::{DmaBuffer, PAGE, Pages};
 use dray_device::poll::Time;
 use dray_nvme::command::SubmissionEntry;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Memory of queues that nobody has deleted: it stays as long as the process.
+static KEPT: Mutex<Vec<DmaBuffer>> = Mutex::new(Vec::new());
 
 /// A Set Features 21h under way.
 #[derive(Clone, Copy)]
@@ -124,6 +127,6 @@ impl MappedEntries {
     /// Never gives the memory up: the controller may go on filling it.
     pub(super) fn keep_memory(&mut self) {
         self.filled = false;
-        std::mem::forget(self.memory.clone());
+        KEPT.lock().unwrap_or_else(PoisonError::into_inner).push(self.memory.clone());
     }
 }
