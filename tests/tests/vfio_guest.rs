@@ -44,6 +44,22 @@ impl Drop for Folder {
     }
 }
 
+/// With a drive of that serial number behind a port of its own, 0000:01:00.0, that can have two virtual functions.
+fn with_virtual_functions(machine: Machine, serial: &str, file: &Path) -> Machine {
+    machine.iommu().qemu(&[
+        "-device",
+        "nvme-subsys,id=subsys,nqn=shared",
+        "-device",
+        "pcie-root-port,id=rp,slot=1,chassis=1",
+        "-device",
+        &format!("nvme,id=nv,serial={serial},subsys=subsys,bus=rp,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2"),
+        "-drive",
+        &format!("file={},if=none,id=disk,format=raw", file.display()),
+        "-device",
+        "nvme-ns,drive=disk,bus=nv,nsid=1,shared=on",
+    ])
+}
+
 /// A `dray` command in the guest. Its output goes through a pipe: messages are not for a terminal.
 fn command(words: &str) -> String {
     format!("dray {words} 2>&1 | cat")
@@ -213,18 +229,7 @@ fn virtual_functions_get_queues_and_interrupts_and_work() {
     let folder = Folder::new("virtual");
     let file = folder.drive("drive.img");
     let initrd = Initrd::with_dray();
-    let machine = Machine::new("vfio-vfs").iommu().initrd(initrd.path()).qemu(&[
-        "-device",
-        "nvme-subsys,id=subsys,nqn=shared",
-        "-device",
-        "pcie-root-port,id=rp,slot=1,chassis=1",
-        "-device",
-        "nvme,id=nv,serial=parent,subsys=subsys,bus=rp,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
-        "-drive",
-        &format!("file={},if=none,id=disk,format=raw", file.display()),
-        "-device",
-        "nvme-ns,drive=disk,bus=nv,nsid=1,shared=on",
-    ]);
+    let machine = with_virtual_functions(Machine::new("vfio-vfs"), "parent", &file).initrd(initrd.path());
     let mut guest = Guest::boot(&machine);
     let physical = drive(&mut guest, "parent");
     let at = address(&physical);
@@ -297,18 +302,7 @@ fn the_readmes_commands_run_as_they_are_written() {
     let file = folder.drive_of("drive.img", 128 << 20);
     let initrd = Initrd::with_dray();
     // What the README's reader has: a drive with virtual functions, 0000:01:00.0, which the kernel calls nvme0.
-    let machine = Machine::new("vfio-readme").iommu().initrd(initrd.path()).qemu(&[
-        "-device",
-        "nvme-subsys,id=subsys,nqn=shared",
-        "-device",
-        "pcie-root-port,id=rp,slot=1,chassis=1",
-        "-device",
-        "nvme,id=nv,serial=readme,subsys=subsys,bus=rp,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
-        "-drive",
-        &format!("file={},if=none,id=disk,format=raw", file.display()),
-        "-device",
-        "nvme-ns,drive=disk,bus=nv,nsid=1,shared=on",
-    ]);
+    let machine = with_virtual_functions(Machine::new("vfio-readme"), "readme", &file).initrd(initrd.path());
     let mut guest = Guest::boot(&machine);
     guest.run("await 60 test -c /dev/ng0n1");
     assert_eq!(address(&drive(&mut guest, "readme")), "0000:01:00.0");
