@@ -5,6 +5,7 @@
 use dray_device::memory::{DmaBuffer, Pages};
 use dray_device::space::AddressSpace;
 use dray_nvme::registers::{Csts, offset};
+use dray_tests::dray_in_guest::binary;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -13,12 +14,6 @@ use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn binary() -> PathBuf {
-    let test = std::env::current_exe().expect("this test");
-    let folder = test.ancestors().find(|folder| folder.join("dray").is_file());
-    folder.unwrap_or_else(|| panic!("no dray beside {}: cargo build --workspace", test.display())).join("dray")
-}
 
 /// A configuration in a folder that goes away with the test.
 struct Place(PathBuf);

@@ -1,15 +1,9 @@
 //! The binary from outside: every command's help, good and bad configurations, components that are none, devices, the watch.
 #![allow(missing_docs)]
 
+use dray_tests::dray_in_guest::binary;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-
-/// The binary beside this test's folder: `cargo test --workspace` builds both.
-fn binary() -> PathBuf {
-    let test = std::env::current_exe().expect("this test");
-    let folder = test.ancestors().find(|folder| folder.join("dray").is_file());
-    folder.unwrap_or_else(|| panic!("no dray beside {}: cargo build --workspace", test.display())).join("dray")
-}
 
 fn dray(args: &[&str]) -> Output {
     Command::new(binary()).args(args).output().expect("dray runs")

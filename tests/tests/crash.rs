@@ -20,6 +20,7 @@ use dray_device::slot::Slot;
 use dray_device::space::AddressSpace;
 use dray_driver::{Driver, DriverConfig, DriverState};
 use dray_migration::{Owner, Phase, Record, RecordPhase};
+use dray_tests::dray_in_guest::binary;
 use dray_workload::ledger::Ledger;
 use fastrand::Rng;
 use serde_json::Value;
@@ -35,12 +36,6 @@ const BYTES: u64 = 64 << 20;
 const KILLS: u32 = 100;
 const PATIENCE: Duration = Duration::from_secs(60);
 const NAMES: [&str; 2] = ["source", "destination"];
-
-fn binary() -> PathBuf {
-    let test = std::env::current_exe().expect("this test");
-    let folder = test.ancestors().find(|folder| folder.join("dray").is_file());
-    folder.unwrap_or_else(|| panic!("no dray beside {}: cargo build --workspace", test.display())).join("dray")
-}
 
 /// What the process was doing when it died.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

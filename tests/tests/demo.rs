@@ -1,16 +1,11 @@
 //! The main job from outside: the demo on a small image, its JSON, Ctrl-C in the middle, input that cannot be.
 #![allow(missing_docs)]
 
+use dray_tests::dray_in_guest::binary;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-
-fn binary() -> PathBuf {
-    let test = std::env::current_exe().expect("this test");
-    let folder = test.ancestors().find(|folder| folder.join("dray").is_file());
-    folder.unwrap_or_else(|| panic!("no dray beside {}: cargo build --workspace", test.display())).join("dray")
-}
 
 /// The repository's configuration, with its files in a folder that goes away with the test.
 struct Place {

@@ -19,6 +19,7 @@ use dray_migration::{Owner, Record, RecordPhase};
 use dray_nvme::command::{NamespaceAttachmentSelect, SubmissionEntry};
 use dray_nvme::identify::write_controller_list;
 use dray_nvme::state::ControllerState;
+use dray_tests::serving::{Place, Running};
 use dray_workload::guest::{Guest, GuestConfig, GuestHandle};
 use dray_workload::ledger::{Ledger, LedgerSpec};
 use dray_workload::reader::{ArenaReader, FileReader};
@@ -27,8 +28,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -37,6 +38,8 @@ use std::time::{Duration, Instant};
 const HOST: &str = "nqn.2014-08.org.nvmexpress:uuid:00000000-0000-0000-0000-00000000d002";
 const FAR: &str = "nqn.2026-11.org.example:far";
 const BYTES: u64 = 32 << 20;
+const MOVE: [&str; 11] =
+    ["device", "move", "drive", "--controller", "2", "--namespace", "1", "--to", "device:far/1", "--state", "vm.state"];
 const PATIENCE: Duration = Duration::from_secs(60);
 const MANAGEMENT: u16 = 1;
 const MIGRATABLE: u16 = 2;
@@ -177,21 +180,6 @@ fn serve(
     }
 }
 
-/// The binary beside this test's folder: `cargo test --workspace` builds both.
-fn binary() -> PathBuf {
-    let test = std::env::current_exe().expect("this test");
-    let folder = test.ancestors().find(|folder| folder.join("dray").is_file());
-    folder.unwrap_or_else(|| panic!("no dray beside {}: cargo build --workspace", test.display())).join("dray")
-}
-
-struct Place(PathBuf);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _gone = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 fn subsystem(name: &str, nqn: &str, namespace: &str) -> String {
     format!(
         "[[subsystem]]\nname = \"{name}\"\nnqn = \"{nqn}\"\nserial = \"S-1\"\n\
@@ -214,105 +202,45 @@ const PATIENT: &str = "downtime = \"5s\"\n";
 /// Never soon enough: it runs until it is cancelled.
 const ENDLESS: &str = "downtime = \"1us\"\nmax-rounds = 1000000\nmax-time = \"60min\"\n";
 
-impl Place {
-    fn new(name: &str) -> Self {
-        let folder = std::env::temp_dir().join(format!("dray-device-move-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("a folder");
-        Self(folder)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-
-    fn command(&self, config: &str, args: &[&str]) -> Command {
-        let mut command = Command::new(binary());
-        command.args(["--config", config]).args(args).current_dir(&self.0).stdin(Stdio::null());
-        command
-    }
-
-    fn dray(&self, config: &str, args: &[&str]) -> Output {
-        self.command(config, args).output().expect("dray runs")
-    }
-
-    fn start(&self, config: &str) -> Running {
-        let mut child = self.command(config, &["run"]).stdout(Stdio::piped()).spawn().expect("dray runs");
-        let mut lines = BufReader::new(child.stdout.take().expect("its output"));
-        let mut said = String::new();
-        while !said.ends_with("ready\n") {
-            assert!(lines.read_line(&mut said).expect("a line") > 0, "it has ended: {said}");
-        }
-        Running { child, said }
-    }
-
-    /// The machine that the media goes to.
-    fn far(&self) -> Running {
-        let far = subsystem("far", FAR, "backing = \"file\"\npath = \"far.img\"\nsize = \"32MiB\"\nblock = \"4KiB\"\n");
-        let export = format!(
-            "[[export]]\nsubsystem = \"far\"\ncontrollers = [2]\nby = \"nvme-tcp\"\nlisten = \"127.0.0.1:0\"\n\
-             hosts = [{{ nqn = \"{HOST}\" }}]\n"
-        );
-        let spare = subsystem("spare", "nqn.2026-11.org.example:spare", MEMORY);
-        let text = format!("[core]\nstate = \"far\"\n{far}{spare}{export}{}", tail("far", "spare", PATIENT));
-        std::fs::write(self.path("far.toml"), text).expect("a file");
-        self.start("far.toml")
-    }
-
-    /// The appliance that has the drive's management controller.
-    fn near(&self, far: &Running, keys: &str) -> Running {
-        let devices = format!(
-            "[[device]]\nname = \"drive\"\nvfio-user = \"drive.sock\"\nhold = true\n\
-             [[device]]\nname = \"far\"\nnvme-tcp = \"{}\"\nnqn = \"{FAR}\"\nhost-nqn = \"{HOST}\"\n",
-            far.address()
-        );
-        let nqn = "nqn.2026-11.org.example:near";
-        let ends = [subsystem("source", nqn, MEMORY), subsystem("destination", nqn, MEMORY)].concat();
-        let text = format!("[core]\nstate = \"near\"\n{devices}{ends}{}", tail("source", "destination", keys));
-        std::fs::write(self.path("near.toml"), text).expect("a file");
-        self.start("near.toml")
-    }
-
-    fn leave(&self) -> Output {
-        self.dray("near.toml", &[&MOVE[..], &["--json"]].concat())
-    }
-
-    /// What has left is at the other machine, whole, and the drive is not written any more.
-    #[track_caller]
-    fn judge(&self, drive: &Drive) {
-        let file = || std::fs::File::open(self.path("far.img")).expect("the file");
-        let found = verify::check(&mut FileReader::new(file()).expect("a reader"), drive.guest.ledger()).expect("a comparison");
-        assert!(found.is_ok() && found.writes_acknowledged > 0, "{found:?}");
-        assert!(std::fs::read(self.path("far.img")).expect("the file") == drive.bytes(), "the two are not equal");
-        assert!(!drive.is_attached(), "the controller has its namespace");
-    }
+/// The machine that the media goes to.
+fn start_far(place: &Place) -> Running {
+    let far = subsystem("far", FAR, "backing = \"file\"\npath = \"far.img\"\nsize = \"32MiB\"\nblock = \"4KiB\"\n");
+    let export = format!(
+        "[[export]]\nsubsystem = \"far\"\ncontrollers = [2]\nby = \"nvme-tcp\"\nlisten = \"127.0.0.1:0\"\n\
+         hosts = [{{ nqn = \"{HOST}\" }}]\n"
+    );
+    let spare = subsystem("spare", "nqn.2026-11.org.example:spare", MEMORY);
+    let text = format!("[core]\nstate = \"far\"\n{far}{spare}{export}{}", tail("far", "spare", PATIENT));
+    place.write("far.toml", &text);
+    place.start("far.toml")
 }
 
-const MOVE: [&str; 11] =
-    ["device", "move", "drive", "--controller", "2", "--namespace", "1", "--to", "device:far/1", "--state", "vm.state"];
-
-struct Running {
-    child: Child,
-    said: String,
+/// The appliance that has the drive's management controller.
+fn start_near(place: &Place, far: &Running, keys: &str) -> Running {
+    let devices = format!(
+        "[[device]]\nname = \"drive\"\nvfio-user = \"drive.sock\"\nhold = true\n\
+         [[device]]\nname = \"far\"\nnvme-tcp = \"{}\"\nnqn = \"{FAR}\"\nhost-nqn = \"{HOST}\"\n",
+        far.address()
+    );
+    let nqn = "nqn.2026-11.org.example:near";
+    let ends = [subsystem("source", nqn, MEMORY), subsystem("destination", nqn, MEMORY)].concat();
+    let text = format!("[core]\nstate = \"near\"\n{devices}{ends}{}", tail("source", "destination", keys));
+    place.write("near.toml", &text);
+    place.start("near.toml")
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _gone = self.child.kill();
-        let _status = self.child.wait();
-    }
+fn leave(place: &Place) -> Output {
+    place.dray("near.toml", &[&MOVE[..], &["--json"]].concat())
 }
 
-impl Running {
-    /// Where its export listens.
-    fn address(&self) -> &str {
-        let line = self.said.lines().find_map(|line| line.split_once("by nvme-tcp at ")).expect("an export");
-        line.1.split_whitespace().next().expect("an address")
-    }
-
-    fn stop(mut self) {
-        kill_process(Pid::from_child(&self.child), Signal::TERM).expect("it runs");
-        assert!(self.child.wait().expect("an end").success());
-    }
+/// What has left is at the other machine, whole, and the drive is not written any more.
+#[track_caller]
+fn judge(place: &Place, drive: &Drive) {
+    let file = || std::fs::File::open(place.path("far.img")).expect("the file");
+    let found = verify::check(&mut FileReader::new(file()).expect("a reader"), drive.guest.ledger()).expect("a comparison");
+    assert!(found.is_ok() && found.writes_acknowledged > 0, "{found:?}");
+    assert!(std::fs::read(place.path("far.img")).expect("the file") == drive.bytes(), "the two are not equal");
+    assert!(!drive.is_attached(), "the controller has its namespace");
 }
 
 /// What it has written, in one line: errors are broken into several.
@@ -328,44 +256,44 @@ fn summary(output: &Output) -> Value {
 
 #[test]
 fn a_controller_that_another_process_drives_leaves_with_its_namespace_and_stays_away() {
-    let place = Place::new("leaves");
-    let drive = Drive::start(&place.0, "Dray software controller");
-    let far = place.far();
-    let near = place.near(&far, PATIENT);
+    let place = Place::new("device-move-leaves");
+    let drive = Drive::start(place.folder(), "Dray software controller");
+    let far = start_far(&place);
+    let near = start_near(&place, &far, PATIENT);
     assert!(near.said.contains("it tracks controllers that others drive"), "{}", near.said);
-    let moved = place.leave();
+    let moved = leave(&place);
     assert!(moved.status.success(), "{}", said(&moved));
     let summary = summary(&moved);
     let told = ["kind", "outcome", "device", "from", "to"].map(|key| summary[key].as_str().unwrap_or_default().to_owned());
     assert_eq!(told, ["departure", "moved", "drive", "device:drive/1", "device:far/1"]);
     assert!(summary["copied_bytes"].as_u64() >= Some(BYTES / 2), "{summary}");
-    place.judge(&drive);
+    judge(&place, &drive);
     let state = std::fs::read(place.path("vm.state")).expect("a state");
     let parsed = ControllerState::parse(&state).expect("a state");
     assert!(state[2] & 1 == 1 && parsed.nvme.is_some_and(|nvme| nvme.sqs().len() == 1), "suspended, with the guest's queue");
 
     // The management controller is reset, more than once, and whoever asks for another move hears what became of it.
-    let again = place.leave();
+    let again = leave(&place);
     assert!(!again.status.success(), "{}", said(&again));
     std::fs::rename(place.path("vm.state"), place.path("kept.state")).expect("renamed");
-    let again = place.leave();
+    let again = leave(&place);
     assert!(!again.status.success() && said(&again).contains("has moved to device:far/1 already"), "{}", said(&again));
     let status = place.dray("near.toml", &["status"]);
     assert!(said(&status).contains("departure 1 of device:drive/1 to device:far/1: done"), "{}", said(&status));
     near.stop();
-    let near = place.near(&far, PATIENT);
+    let near = start_near(&place, &far, PATIENT);
     assert!(near.said.contains("controller 2 with namespace 1 of device drive has left for device:far/1"), "{}", near.said);
-    place.judge(&drive);
+    judge(&place, &drive);
     let history = place.dray("near.toml", &["history", "--json"]);
     assert!(said(&history).contains("departure"), "{}", said(&history));
 }
 
 #[test]
 fn cancelled_it_stays_and_its_guest_has_seen_nothing() {
-    let place = Place::new("cancelled");
-    let drive = Drive::start(&place.0, "Dray software controller");
-    let far = place.far();
-    let near = place.near(&far, ENDLESS);
+    let place = Place::new("device-move-cancelled");
+    let drive = Drive::start(place.folder(), "Dray software controller");
+    let far = start_far(&place);
+    let near = start_near(&place, &far, ENDLESS);
     let mut moving = place.command("near.toml", &MOVE).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("dray runs");
     let mut lines = BufReader::new(moving.stderr.take().expect("its errors")).lines();
     let line = lines.next().expect("progress").expect("a line");
@@ -376,34 +304,34 @@ fn cancelled_it_stays_and_its_guest_has_seen_nothing() {
     assert!(drive.is_attached() && !place.path("vm.state").exists() && drive.guest.first_error().is_none());
     // The device can be asked again, and moved from again.
     near.stop();
-    let near = place.near(&far, PATIENT);
+    let near = start_near(&place, &far, PATIENT);
     drive.goes_on();
-    let moved = place.leave();
+    let moved = leave(&place);
     assert!(moved.status.success(), "{}", said(&moved));
-    place.judge(&drive);
+    judge(&place, &drive);
     drop(near);
 }
 
 #[test]
 fn one_that_was_cut_short_between_detachment_and_record_is_attached_again_at_the_next_start() {
-    let place = Place::new("cut");
-    let drive = Drive::start(&place.0, "Dray software controller");
-    let far = place.far();
-    let near = place.near(&far, ENDLESS);
+    let place = Place::new("device-move-cut");
+    let drive = Drive::start(place.folder(), "Dray software controller");
+    let far = start_far(&place);
+    let near = start_near(&place, &far, ENDLESS);
     cut_short(&place, &drive, near);
     detach(&place.path("drive.sock"));
     assert!(!drive.is_attached());
     std::fs::write(place.path("vm.state"), "stale").expect("a file");
-    let near = place.near(&far, PATIENT);
+    let near = start_near(&place, &far, PATIENT);
     assert!(near.said.contains("was cut short: it stays, with all its data"), "{}", near.said);
     until("it is attached", || drive.is_attached());
     assert!(!place.path("vm.state").exists(), "the state of a controller that goes on");
     drive.shared.paused.store(false, Ordering::Release);
     drive.goes_on();
     drive.judge();
-    let moved = place.leave();
+    let moved = leave(&place);
     assert!(moved.status.success(), "{}", said(&moved));
-    place.judge(&drive);
+    judge(&place, &drive);
 }
 
 /// Kills the appliance once a move has begun, and lets the guest come to rest.
@@ -420,10 +348,10 @@ fn cut_short(place: &Place, drive: &Drive, mut near: Running) {
 
 #[test]
 fn behind_a_record_that_says_moved_nothing_is_attached_whatever_a_crash_has_left() {
-    let place = Place::new("moved");
-    let drive = Drive::start(&place.0, "Dray software controller");
-    let far = place.far();
-    let near = place.near(&far, ENDLESS);
+    let place = Place::new("device-move-moved");
+    let drive = Drive::start(place.folder(), "Dray software controller");
+    let far = start_far(&place);
+    let near = start_near(&place, &far, ENDLESS);
     cut_short(&place, &drive, near);
     // The record, as it would have been written next.
     let folder = place.path("near/records/departures");
@@ -436,20 +364,20 @@ fn behind_a_record_that_says_moved_nothing_is_attached_whatever_a_crash_has_left
     let moved = Record { owner: Owner::Destination, phase: RecordPhase::Moved, fenced: true, epoch: before.epoch + 1, ..before };
     store.write(moved).expect("written");
     drop(store);
-    let near = place.near(&far, PATIENT);
+    let near = start_near(&place, &far, PATIENT);
     assert!(near.said.contains("has left for device:far/1"), "{}", near.said);
     until("it is detached", || !drive.is_attached());
-    let refused = place.leave();
+    let refused = leave(&place);
     assert!(!refused.status.success() && said(&refused).contains("has moved to device:far/1 already"), "{}", said(&refused));
 }
 
 #[test]
 fn killed_as_it_detaches_a_controller_has_left_or_stays_and_has_all_its_data_either_way() {
     for round in 0..3 {
-        let place = Place::new(&format!("killed-{round}"));
-        let drive = Drive::start(&place.0, "Dray software controller");
-        let far = place.far();
-        let mut near = place.near(&far, PATIENT);
+        let place = Place::new(&format!("device-move-killed-{round}"));
+        let drive = Drive::start(place.folder(), "Dray software controller");
+        let far = start_far(&place);
+        let mut near = start_near(&place, &far, PATIENT);
         let mut moving = place.command("near.toml", &MOVE).stderr(Stdio::null()).stdout(Stdio::null()).spawn().expect("dray runs");
         until("it is detached", || !drive.is_attached());
         // What the guest has outstanding may end badly from here on: it has no disk.
@@ -460,9 +388,9 @@ fn killed_as_it_detaches_a_controller_has_left_or_stays_and_has_all_its_data_eit
         near.child.wait().expect("an end");
         drop(near);
         let _status = moving.wait().expect("an end");
-        let near = place.near(&far, PATIENT);
+        let near = start_near(&place, &far, PATIENT);
         if near.said.contains("has left for device:far/1") {
-            place.judge(&drive);
+            judge(&place, &drive);
             assert!(is_state(&place.path("vm.state")), "the state is lost");
         } else {
             assert!(near.said.contains("was cut short: it stays"), "{}", near.said);
@@ -505,13 +433,13 @@ fn detach(socket: &Path) {
 
 #[test]
 fn what_a_drive_cannot_do_is_said_at_the_start_and_refused_in_the_same_words() {
-    let place = Place::new("refused");
-    let drive = Drive::start(&place.0, "QEMU NVMe Ctrl");
-    let far = place.far();
-    let near = place.near(&far, PATIENT);
+    let place = Place::new("device-move-refused");
+    let drive = Drive::start(place.folder(), "QEMU NVMe Ctrl");
+    let far = start_far(&place);
+    let near = start_near(&place, &far, PATIENT);
     let words = "writes its controller data queue through the migratable function, which another process owns";
     assert!(near.said.contains(words) && near.said.contains("tracks (in software)"), "{}", near.said);
-    let refused = place.leave();
+    let refused = leave(&place);
     assert!(refused.status.code() == Some(1) && said(&refused).contains(words), "{}", said(&refused));
     for (args, why) in [
         (["none", "2", "1", "device:far/1"], "no device \"none\""),
@@ -528,10 +456,10 @@ fn what_a_drive_cannot_do_is_said_at_the_start_and_refused_in_the_same_words() {
 
 #[test]
 fn a_drive_that_is_not_tested_is_compared_or_does_not_move() {
-    let place = Place::new("untested");
-    let drive = Drive::start(&place.0, "Some drive");
-    let far = place.far();
-    let near = place.near(&far, PATIENT);
+    let place = Place::new("device-move-untested");
+    let drive = Drive::start(place.folder(), "Some drive");
+    let far = start_far(&place);
+    let near = start_near(&place, &far, PATIENT);
     for (args, why) in [
         (["9", "1", "device:far/1"], "controller 9 of the source is not attached"),
         (["2", "1", "device:far/7"], "far"),
@@ -543,15 +471,15 @@ fn a_drive_that_is_not_tested_is_compared_or_does_not_move() {
         let refused = place.dray("near.toml", &args);
         assert!(!refused.status.success() && said(&refused).contains(why), "{}", said(&refused));
     }
-    let refused = place.leave();
+    let refused = leave(&place);
     assert!(refused.status.code() == Some(3) && said(&refused).contains("comparing everything"), "{}", said(&refused));
     drive.goes_on();
     near.stop();
-    let near = place.near(&far, &format!("{PATIENT}compare = \"1min\"\n"));
-    let moved = place.leave();
+    let near = start_near(&place, &far, &format!("{PATIENT}compare = \"1min\"\n"));
+    let moved = leave(&place);
     assert!(moved.status.success(), "{}", said(&moved));
     let parts = summary(&moved)["downtime_parts"].to_string();
     assert!(parts.contains("\"compare\""), "{parts}");
-    place.judge(&drive);
+    judge(&place, &drive);
     drop(near);
 }

@@ -3,22 +3,12 @@
 //! Physical functions and controllers that the kernel owns are tried in virtual machines (`vfio_guest.rs`, `passthru_guest.rs`, `image`).
 #![allow(missing_docs)]
 
-use dray_tests::dray_in_guest::binary;
+use dray_tests::serving::{Place, Running};
 use serde_json::Value;
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::Output;
 
 const HOST: &str = "nqn.2014-08.org.nvmexpress:uuid:00000000-0000-0000-0000-00000000d001";
 const FAR: &str = "nqn.2026-11.org.example:far";
-
-struct Place(PathBuf);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _gone = std::fs::remove_dir_all(&self.0);
-    }
-}
 
 /// A subsystem with a management controller and one with the namespaces.
 fn subsystem(name: &str, nqn: &str, namespaces: &[String]) -> String {
@@ -47,80 +37,28 @@ fn tail(from: &str, to: &str) -> String {
     format!("[migration]\nfrom = \"{from}\"\nto = \"{to}\"\ndowntime = \"5s\"\n[guest]\nwrites-per-second = 500\n{policies}")
 }
 
-impl Place {
-    fn new(name: &str) -> Self {
-        let folder = std::env::temp_dir().join(format!("dray-devices-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("a folder");
-        Self(folder)
-    }
-
-    fn write(&self, name: &str, text: &str) {
-        std::fs::write(self.0.join(name), text).expect("a file");
-    }
-
-    fn command(&self, config: &str, args: &[&str]) -> Command {
-        let mut command = Command::new(binary());
-        command.args(["--config", config]).args(args).current_dir(&self.0).stdin(Stdio::null());
-        command
-    }
-
-    fn dray(&self, config: &str, args: &[&str]) -> Output {
-        self.command(config, args).output().expect("dray runs")
-    }
-
-    fn start(&self, config: &str) -> Running {
-        let mut child = self.command(config, &["run"]).stdout(Stdio::piped()).spawn().expect("dray runs");
-        let mut lines = BufReader::new(child.stdout.take().expect("its output"));
-        let mut said = String::new();
-        while !said.ends_with("ready\n") {
-            assert!(lines.read_line(&mut said).expect("a line") > 0, "it has ended: {said}");
-        }
-        Running { child, said }
-    }
-
-    /// The machine whose namespaces are the others' devices: 1 and 2 alike, 3 of other blocks.
-    fn far(&self) -> Running {
-        let namespaces = [memory("16MiB", "4KiB"), memory("16MiB", "4KiB"), memory("16MiB", "512B")];
-        let far = subsystem("far", FAR, &namespaces);
-        let export = format!(
-            "[[export]]\nsubsystem = \"far\"\ncontrollers = [2]\nby = \"nvme-tcp\"\nlisten = \"127.0.0.1:0\"\n\
-             hosts = [{{ nqn = \"{HOST}\" }}]\n"
-        );
-        let spare = subsystem("spare", "nqn.2026-11.org.example:spare", &[memory("1MiB", "4KiB")]);
-        self.write("far.toml", &format!("[core]\nstate = \"far\"\n{far}{spare}{export}{}", tail("far", "spare")));
-        self.start("far.toml")
-    }
-
-    fn near(&self, name: &str, far: &Running, namespaces: [String; 2]) {
-        let device = format!(
-            "[[device]]\nname = \"far\"\nnvme-tcp = \"{}\"\nnqn = \"{FAR}\"\nhost-nqn = \"{HOST}\"\n",
-            far.address()
-        );
-        let [from, to] = namespaces;
-        let nqn = "nqn.2026-11.org.example:near";
-        let ends = [subsystem("source", nqn, &[from]), subsystem("destination", nqn, &[to])].concat();
-        self.write(name, &format!("[core]\nstate = \"near\"\n{device}{ends}{}", tail("source", "destination")));
-    }
+/// The machine whose namespaces are the others' devices: 1 and 2 alike, 3 of other blocks.
+fn start_far(place: &Place) -> Running {
+    let namespaces = [memory("16MiB", "4KiB"), memory("16MiB", "4KiB"), memory("16MiB", "512B")];
+    let far = subsystem("far", FAR, &namespaces);
+    let export = format!(
+        "[[export]]\nsubsystem = \"far\"\ncontrollers = [2]\nby = \"nvme-tcp\"\nlisten = \"127.0.0.1:0\"\n\
+         hosts = [{{ nqn = \"{HOST}\" }}]\n"
+    );
+    let spare = subsystem("spare", "nqn.2026-11.org.example:spare", &[memory("1MiB", "4KiB")]);
+    place.write("far.toml", &format!("[core]\nstate = \"far\"\n{far}{spare}{export}{}", tail("far", "spare")));
+    place.start("far.toml")
 }
 
-struct Running {
-    child: Child,
-    said: String,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _gone = self.child.kill();
-        let _status = self.child.wait();
-    }
-}
-
-impl Running {
-    /// Where its export listens.
-    fn address(&self) -> &str {
-        let line = self.said.lines().find_map(|line| line.split_once("by nvme-tcp at ")).expect("an export");
-        line.1.split_whitespace().next().expect("an address")
-    }
+fn write_near(place: &Place, name: &str, far: &Running, namespaces: [String; 2]) {
+    let device = format!(
+        "[[device]]\nname = \"far\"\nnvme-tcp = \"{}\"\nnqn = \"{FAR}\"\nhost-nqn = \"{HOST}\"\n",
+        far.address()
+    );
+    let [from, to] = namespaces;
+    let nqn = "nqn.2026-11.org.example:near";
+    let ends = [subsystem("source", nqn, &[from]), subsystem("destination", nqn, &[to])].concat();
+    place.write(name, &format!("[core]\nstate = \"near\"\n{device}{ends}{}", tail("source", "destination")));
 }
 
 fn said(output: &Output) -> String {
@@ -129,9 +67,9 @@ fn said(output: &Output) -> String {
 
 #[test]
 fn a_namespace_moves_from_one_of_a_device_to_another_while_its_guest_writes() {
-    let place = Place::new("demo");
-    let far = place.far();
-    place.near("near.toml", &far, [of_device(1), of_device(2)]);
+    let place = Place::new("devices-demo");
+    let far = start_far(&place);
+    write_near(&place, "near.toml", &far, [of_device(1), of_device(2)]);
     let refused = place.dray("near.toml", &["demo", "--settle", "100"]);
     assert!(!refused.status.success() && said(&refused).contains("--destroys-data"), "{}", said(&refused));
     let moved = place.dray("near.toml", &["demo", "--settle", "200", "--destroys-data", "--json"]);
@@ -144,9 +82,9 @@ fn a_namespace_moves_from_one_of_a_device_to_another_while_its_guest_writes() {
 
 #[test]
 fn a_media_move_goes_to_a_device_and_is_found_there_again() {
-    let place = Place::new("media");
-    let far = place.far();
-    place.near("near.toml", &far, [memory("16MiB", "4KiB"), memory("16MiB", "4KiB")]);
+    let place = Place::new("devices-media");
+    let far = start_far(&place);
+    write_near(&place, "near.toml", &far, [memory("16MiB", "4KiB"), memory("16MiB", "4KiB")]);
     let near = place.start("near.toml");
     for (to, why) in [("device:none/1", "there is no device"), ("device:far/9", "device \"far\""), ("device:far/3", "512")] {
         let refused = place.dray("near.toml", &["media-move", "source", "1", "--to", to]);
@@ -166,15 +104,15 @@ fn a_media_move_goes_to_a_device_and_is_found_there_again() {
 
 #[test]
 fn a_device_that_is_not_there_or_does_not_fit_is_said_before_anything_is_served() {
-    let place = Place::new("wrong");
-    let far = place.far();
+    let place = Place::new("devices-wrong");
+    let far = start_far(&place);
     let wrong_block = format!("{}block = \"512B\"\n", of_device(1));
-    place.near("block.toml", &far, [wrong_block, of_device(2)]);
+    write_near(&place, "block.toml", &far, [wrong_block, of_device(2)]);
     let refused = place.dray("block.toml", &["run"]);
     assert!(!refused.status.success() && said(&refused).contains("not 512"), "{}", said(&refused));
-    place.near("near.toml", &far, [of_device(1), of_device(2)]);
+    write_near(&place, "near.toml", &far, [of_device(1), of_device(2)]);
     drop(far);
     let refused = place.dray("near.toml", &["run"]);
     assert!(!refused.status.success() && said(&refused).contains("device \"far\""), "{}", said(&refused));
-    assert!(!Path::new(&place.0.join("near/control.sock")).exists());
+    assert!(!place.path("near/control.sock").exists());
 }

@@ -10,6 +10,7 @@ use dray_device::socket::{Stream, TcpSocket, UnixSocket};
 use dray_device::vfio_user::wire::{Header, command};
 use dray_driver::nvme_tcp::{TcpConfig, TcpInitiator, TcpQueue, TcpState};
 use dray_nvme::command::SubmissionEntry;
+use dray_tests::dray_in_guest::binary;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::Value;
 use std::io::{self, BufRead, BufReader, IoSlice};
@@ -26,12 +27,6 @@ const KEPT: u64 = 64;
 const PATIENCE: Duration = Duration::from_secs(60);
 const HOST: &str = "nqn.2014-08.org.example:host";
 const NQN: &str = "nqn.2026-11.org.example:it";
-
-fn binary() -> PathBuf {
-    let test = std::env::current_exe().expect("this test");
-    let folder = test.ancestors().find(|folder| folder.join("dray").is_file());
-    folder.unwrap_or_else(|| panic!("no dray beside {}: cargo build --workspace", test.display())).join("dray")
-}
 
 /// An appliance that runs, in a folder that goes away with the test.
 struct Appliance {

@@ -7,6 +7,7 @@ use dray_device::socket::UnixSocket;
 use dray_device::space::AddressSpace;
 use dray_device::vfio_user::client::{ClientConfig, VfioUserClient};
 use dray_driver::{Driver, DriverConfig};
+use dray_tests::dray_in_guest::binary;
 use dray_workload::guest::{Guest, GuestConfig, GuestHandle, GuestStage};
 use dray_workload::ledger::{Ledger, LedgerSpec};
 use dray_workload::verify;
@@ -21,13 +22,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// The binary beside this test's folder: `cargo test --workspace` builds both.
-fn binary() -> PathBuf {
-    let test = std::env::current_exe().expect("this test");
-    let folder = test.ancestors().find(|folder| folder.join("dray").is_file());
-    folder.unwrap_or_else(|| panic!("no dray beside {}: cargo build --workspace", test.display())).join("dray")
-}
 
 /// A configuration in a folder that goes away with the test.
 struct Place(PathBuf);

@@ -5,6 +5,7 @@
 
 use dray::store::entry::{Ending, MigrationEntry};
 use dray::store::{Store, StoreError, Ticket};
+use dray_tests::dray_in_guest::binary;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
@@ -226,12 +227,6 @@ fn a_disk_that_fills_up_ends_the_store_and_not_its_process() {
         assert!(begun.elapsed() < 3 * PATIENCE, "{name}: it took {:?}", begun.elapsed());
         assert!((name == "from-the-start") == (count == 0), "{name}: {count}");
     }
-}
-
-fn binary() -> PathBuf {
-    let test = std::env::current_exe().expect("this test");
-    let folder = test.ancestors().find(|folder| folder.join("dray").is_file());
-    folder.unwrap_or_else(|| panic!("no dray beside {}: cargo build --workspace", test.display())).join("dray")
 }
 
 /// A configuration with its files in `folder`, and native policies.

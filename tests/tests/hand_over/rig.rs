@@ -8,6 +8,7 @@ use dray_device::space::AddressSpace;
 use dray_device::vfio_user::client::{ClientConfig, ClientError, VfioUserClient};
 use dray_device::vfio_user::wire::state;
 use dray_driver::{Driver, DriverConfig};
+pub use dray_tests::dray_in_guest::binary;
 use dray_workload::guest::{Guest, GuestConfig, GuestHandle, GuestStage};
 use dray_workload::ledger::{Ledger, LedgerSpec};
 use dray_workload::verify;
@@ -22,13 +23,6 @@ use std::time::{Duration, Instant};
 
 pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const BOTH: [&str; 2] = ["source", "destination"];
-
-/// The binary beside this test's folder: `cargo test --workspace` builds both.
-pub fn binary() -> PathBuf {
-    let test = std::env::current_exe().expect("this test");
-    let folder = test.ancestors().find(|folder| folder.join("dray").is_file());
-    folder.unwrap_or_else(|| panic!("no dray beside {}: cargo build --workspace", test.display())).join("dray")
-}
 
 /// A configuration in a folder that goes away with the test.
 pub struct Place(pub PathBuf);
