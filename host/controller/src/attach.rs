@@ -31,6 +31,8 @@ impl Subsystem {
         let mut targets = Vec::new();
         for cntlid in controller_list(&page) {
             let target = self.controllers.iter().position(|controller| controller.config.cntlid == cntlid);
+            // Nor is a controller named twice: it would have the namespace twice.
+            let target = target.filter(|target| !targets.contains(target));
             targets.push(target.ok_or(Status::CONTROLLER_LIST_INVALID.with_dnr())?);
         }
         if targets.is_empty() {

@@ -79,6 +79,7 @@ fn what_cannot_be_attached_is_answered_and_only_where_it_is_offered() {
         (u32::MAX, ATTACH, &[MC], Status::INVALID_NAMESPACE),
         (1, DETACH, &[77], Status::CONTROLLER_LIST_INVALID),
         (1, DETACH, &[], Status::CONTROLLER_LIST_INVALID),
+        (2, ATTACH, &[MC, MC], Status::CONTROLLER_LIST_INVALID),
         (1, NamespaceAttachmentSelect(7), &[MC], Status::INVALID_FIELD),
     ] {
         let got = attachment(&mut world, &mut manager, nsid, select, ids);
