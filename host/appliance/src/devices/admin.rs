@@ -219,19 +219,29 @@ impl Admin {
         }
     }
 
-    /// Sends an admin command that returns `bytes` bytes, and waits for its answer.
-    pub(super) fn ask(&mut self, name: &str, what: &str, clock: Clock, entry: &SubmissionEntry, bytes: usize) -> Result<Vec<u8>, DeviceError> {
-        let failed = |why: String| DeviceError::Failed { name: name.to_owned(), why: format!("{what}: {why}") };
-        let ticket = self.until(name, what, clock, |admin, now| match admin.request(now, entry, AdminData::In(bytes)) {
+    /// Sends an admin command, and waits for its answer.
+    fn exchange(
+        &mut self,
+        name: &str,
+        what: &str,
+        clock: Clock,
+        entry: &SubmissionEntry,
+        data: AdminData<'_>,
+    ) -> Result<AdminAnswer, DeviceError> {
+        let failed = |why: &dyn std::fmt::Display| DeviceError::failed(name, &format!("{what}: {why}"));
+        let ticket = self.until(name, what, clock, |admin, now| match admin.request(now, entry, data) {
             Err(SubmitError::Full) => None,
             other => Some(other),
         })?;
-        let ticket = ticket.map_err(|error| failed(error.to_string()))?;
-        let mut answer = self.until(name, what, clock, |admin, _| admin.answer(ticket))?;
+        let ticket = ticket.map_err(|error| failed(&error))?;
+        let answer = self.until(name, what, clock, |admin, _| admin.answer(ticket))?;
+        if answer.completion.unknown { Err(failed(&"nobody knows how it ended")) } else { Ok(answer) }
+    }
+
+    /// Sends an admin command that returns `bytes` bytes, and waits for its answer.
+    pub(super) fn ask(&mut self, name: &str, what: &str, clock: Clock, entry: &SubmissionEntry, bytes: usize) -> Result<Vec<u8>, DeviceError> {
+        let mut answer = self.exchange(name, what, clock, entry, AdminData::In(bytes))?;
         let status = answer.completion.status;
-        if answer.completion.unknown {
-            return Err(failed("nobody knows how it ended".into()));
-        }
         if status.is_error() {
             return Err(DeviceError::Refused { name: name.to_owned(), what: what.to_owned(), status });
         }
@@ -248,15 +258,8 @@ impl Admin {
         entry: &SubmissionEntry,
         data: &[u8],
     ) -> Result<Status, DeviceError> {
-        let failed = |why: String| DeviceError::Failed { name: name.to_owned(), why: format!("{what}: {why}") };
-        let data = || if data.is_empty() { AdminData::None } else { AdminData::Out(data) };
-        let ticket = self.until(name, what, clock, |admin, now| match admin.request(now, entry, data()) {
-            Err(SubmitError::Full) => None,
-            other => Some(other),
-        })?;
-        let ticket = ticket.map_err(|error| failed(error.to_string()))?;
-        let answer = self.until(name, what, clock, |admin, _| admin.answer(ticket))?;
-        if answer.completion.unknown { Err(failed("nobody knows how it ended".into())) } else { Ok(answer.completion.status) }
+        let data = if data.is_empty() { AdminData::None } else { AdminData::Out(data) };
+        Ok(self.exchange(name, what, clock, entry, data)?.completion.status)
     }
 
     /// Takes the driver out, for a move of a controller that it manages.
