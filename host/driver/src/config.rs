@@ -23,6 +23,9 @@ pub struct DriverConfig {
     pub max_transfer_bytes: usize,
     /// Use shadow doorbells (Doorbell Buffer Config) where doorbells are trapped and the controller offers them.
     pub shadow_doorbells: bool,
+    /// CSTS.RDY that falls while the controller is in use is a reset that somebody else has made, and is answered at once. For
+    /// functions that cannot be pointed at another controller meanwhile: those of real devices.
+    pub watch_ready: bool,
 }
 
 impl Default for DriverConfig {
@@ -37,6 +40,7 @@ impl Default for DriverConfig {
             io_queues: 64,
             max_transfer_bytes: 1 << 20,
             shadow_doorbells: true,
+            watch_ready: false,
         }
     }
 }

@@ -347,8 +347,8 @@ impl Driver {
         self.state = DriverState::Failed(error);
     }
 
-    /// Looks whether the controller is there and well. RDY alone says nothing: it may be down for a moment while a slot is
-    /// pointed at another controller.
+    /// Looks whether the controller is there and well. RDY alone says nothing unless it is watched: it may be down for a moment while
+    /// a slot is pointed at another controller.
     fn check_health(&mut self, now: Time) {
         self.next_health = now.after_ns(HEALTH_NS);
         let csts = Csts::from_bits(self.function.read32(offset::CSTS));
@@ -356,6 +356,8 @@ impl Driver {
             self.fail(now, DriverError::Gone);
         } else if csts.cfs() {
             self.fail(now, DriverError::Fatal);
+        } else if self.config.watch_ready && !csts.rdy() {
+            self.fail(now, DriverError::Disabled);
         }
     }
 

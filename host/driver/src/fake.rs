@@ -412,8 +412,13 @@ pub(crate) struct Bench {
 impl Bench {
     /// A driver that is not ready yet.
     pub(crate) fn cold() -> Self {
+        Self::cold_with(DriverConfig::default())
+    }
+
+    /// With time-outs for tests, and else as it says.
+    pub(crate) fn cold_with(config: DriverConfig) -> Self {
         let (fake, slot) = Fake::new();
-        let config = DriverConfig { admin_timeout_ms: 1_000, io_timeout_ms: 400, ..DriverConfig::default() };
+        let config = DriverConfig { admin_timeout_ms: 1_000, io_timeout_ms: 400, ..config };
         let driver = Driver::new(slot.function(), config).expect("driver");
         let buffer = DmaBuffer::allocate("data", 64 * PAGE, Pages::Small).expect("memory");
         let data = MappedBuffer::new(slot.space(), buffer).expect("map");
@@ -421,7 +426,11 @@ impl Bench {
     }
 
     pub(crate) fn ready() -> Self {
-        let mut bench = Self::cold();
+        Self::ready_with(DriverConfig::default())
+    }
+
+    pub(crate) fn ready_with(config: DriverConfig) -> Self {
+        let mut bench = Self::cold_with(config);
         bench.until("ready", |bench| bench.driver.is_ready());
         bench.turns(2);
         bench

@@ -3,7 +3,7 @@
 use crate::error::{DriverError, Fault};
 use crate::fake::{Bench, Crime};
 use crate::mmc::{StateReader, StateSelection, StateWriter};
-use crate::{AdminData, DriverState};
+use crate::{AdminData, DriverConfig, DriverState};
 use dray_device::command::SubmitError;
 use dray_nvme::command::{AdminOpcode, SubmissionEntry};
 use dray_nvme::registers::Csts;
@@ -97,6 +97,22 @@ fn a_fatal_status_resets_unless_that_is_forbidden() {
     bench.turns(300);
     assert_eq!(bench.driver.state(), &DriverState::Failed(DriverError::Fatal));
     assert_eq!(bench.fake.enables, 2, "nothing was reset");
+}
+
+#[test]
+fn a_reset_by_somebody_else_is_noticed_where_ready_is_watched() {
+    for watch_ready in [false, true] {
+        let mut bench = Bench::ready_with(DriverConfig { watch_ready, ..DriverConfig::default() });
+        let before = bench.driver.generation();
+        bench.fake.set_csts(Csts::new());
+        if watch_ready {
+            bench.until("up again", |bench| bench.driver.is_ready() && bench.driver.generation() != before);
+            assert_eq!(bench.driver.last_failure(), Some(&DriverError::Disabled));
+        } else {
+            bench.turns(300);
+            assert_eq!((bench.driver.generation(), bench.driver.is_ready()), (before, true));
+        }
+    }
 }
 
 #[test]
