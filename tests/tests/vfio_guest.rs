@@ -228,7 +228,7 @@ fn virtual_functions_get_queues_and_interrupts_and_work() {
     let _turn = guest::turn();
     let folder = Folder::new("virtual");
     let file = folder.drive("drive.img");
-    let initrd = Initrd::with_dray();
+    let initrd = Initrd::with_dray_and(&[("held.toml", an_appliance_that_holds("0000:01:00.0").as_bytes())]);
     let machine = with_virtual_functions(Machine::new("vfio-vfs"), "parent", &file).initrd(initrd.path());
     let mut guest = Guest::boot(&machine);
     let physical = drive(&mut guest, "parent");
@@ -258,14 +258,91 @@ fn virtual_functions_get_queues_and_interrupts_and_work() {
     guest.run(&format!("await 60 test ! -e /sys/bus/pci/devices/{first}"));
     assert_eq!(drive(&mut guest, "parent")["virtual_functions"], Value::Array(Vec::new()));
     behind_a_physical_function_of_ours(&mut guest, &at);
+    behind_an_appliance(&mut guest, &at);
     guest.off();
+}
+
+/// The VF token of those who drive the physical function.
+const TOKEN: &str = "83f69257-0c9b-4b4f-a3e9-b4bb1d3c2a55";
+
+/// The configuration of an appliance that has the drive there, makes it two virtual functions, and serves from memory.
+fn an_appliance_that_holds(address: &str) -> String {
+    let side = |name: &str| {
+        format!(
+            "[[subsystem]]\nname = \"{name}\"\nnqn = \"nqn.2026-11.org.example:held\"\nserial = \"HELD\"\n\
+             [[subsystem.namespace]]\nnsid = 1\nbacking = \"memory\"\nsize = \"1MiB\"\nnguid = \"000000000000000000000000000000d1\"\n\
+             [[subsystem.controller]]\ncntlid = 1\nrole = \"management\"\n\
+             [[subsystem.controller]]\ncntlid = 2\nrole = \"migratable\"\nnamespaces = [1]\n"
+        )
+    };
+    let policies = ["cdq", "tracking", "copy"].map(|role| format!("[policy.{role}]\ncomponent = \"native\"\n")).concat();
+    let device = format!("name = \"drive\"\npci = \"{address}\"\nbind = true\nvf-token = \"{TOKEN}\"\nvirtual-functions = 2\n");
+    let (from, to) = (side("source"), side("destination"));
+    format!("[core]\nstate = \"/tmp/held\"\n{from}{to}[[device]]\n{device}[migration]\nfrom = \"source\"\nto = \"destination\"\n{policies}")
+}
+
+/// Starts the appliance, waits until it serves, and returns its virtual functions.
+fn start_appliance(guest: &mut Guest) -> Vec<String> {
+    guest.run("start run 'dray --config /held.toml run'");
+    guest.run("await 120 grep -q ^ready /tmp/run.log");
+    let status = json(&good(guest, "--config /held.toml status --json"));
+    let functions = status["devices"][0]["virtual_functions"].as_array().cloned().unwrap_or_default();
+    let whole = |one: &Value| one["queues"] == 2 && one["interrupts"] == 1 && one["online"] == true;
+    assert!(functions.len() == 2 && functions.iter().all(whole), "{status:#}");
+    functions.iter().map(address).collect()
+}
+
+/// What tells two functions at one address from each other: sysfs numbers its folders anew.
+fn folder_number(guest: &mut Guest, address: &str) -> String {
+    guest.run(&format!("stat -c %i /sys/bus/pci/devices/{address}/"))
+}
+
+/// The appliance has the physical function: its virtual functions come and go with it, and nobody who has one is waited for.
+fn behind_an_appliance(guest: &mut Guest, at: &str) {
+    let functions = start_appliance(guest);
+    let one = &functions[0];
+    let said = guest.run("cat /tmp/run.log");
+    assert_eq!(said.matches("2 queues, 1 interrupts, online").count(), 2, "{said}");
+    assert!(refused(guest, &format!("device identify pci:{one}")).contains("token"));
+    let exercise = |seed| format!("device exercise pci:{one} --vf-token {TOKEN} --nsid 1 --bytes 1MiB --seed {seed} --destroys-data --json");
+    let said = json(&good(guest, &exercise(5)));
+    assert_eq!(said["verified"], true, "{said:#}");
+    // Behind somebody's reset of the physical function they are online again.
+    guest.run(&format!("echo 1 >/sys/bus/pci/devices/{at}/reset"));
+    guest.run("await 60 grep -q 'was reset: its virtual functions are online again' /tmp/run.log");
+    let said = json(&good(guest, &exercise(6)));
+    assert_eq!(said["verified"], true, "{said:#}");
+    // Somebody has one at the end: it stays, and the next appliance goes on with the same.
+    guest.run(&format!("start holder \"exec sleep 600 <>/dev/vfio/$(basename $(readlink /sys/bus/pci/devices/{one}/iommu_group))\""));
+    let before = folder_number(guest, one);
+    guest.run("running holder");
+    guest.run("stop --config /held.toml run");
+    let said = words(&guest.run("finish run 60"));
+    assert!(said.contains("its virtual functions stay") && said.contains(&format!("{one} is in use by a program")), "{said}");
+    assert_eq!(start_appliance(guest), functions);
+    assert_eq!(folder_number(guest, one), before, "made anew");
+    guest.run("stop sleep 600");
+    assert!(guest.step("finish holder", STEP).is_err(), "it was told to end");
+    let said = json(&good(guest, &exercise(7)));
+    assert_eq!(said["verified"], true, "{said:#}");
+    // Nobody has one: they go. vfio-pci had the drive when this appliance came, and keeps it.
+    guest.run("stop --config /held.toml run");
+    let said = guest.run("finish run 60");
+    assert!(said.contains("stopped"), "{said}");
+    let physical = drive(guest, "parent");
+    assert_eq!((&physical["virtual_functions"], &physical["owner"]), (&Value::Array(Vec::new()), &"vfio-pci".into()), "{physical:#}");
+    good(guest, &format!("device unbind {at}"));
+    // One that took it itself gives it back.
+    start_appliance(guest);
+    guest.run("stop --config /held.toml run");
+    guest.run("finish run 60");
+    assert_eq!(drive(guest, "parent")["owner"], "nvme");
 }
 
 /// The physical function is ours as well, as long as the command runs: its virtual functions open for who knows the token.
 fn behind_a_physical_function_of_ours(guest: &mut Guest, at: &str) {
-    const TOKEN: &str = "83f69257-0c9b-4b4f-a3e9-b4bb1d3c2a55";
     good(guest, &format!("device bind {at}"));
-    guest.run("echo Y >/sys/module/vfio_pci/parameters/enable_sriov");
+    assert_eq!(guest.run("cat /sys/module/vfio_pci/parameters/enable_sriov").trim(), "N", "nobody has allowed it yet");
     guest.run(&format!("start vfs 'dray device vfs {at} 2 --vf-token {TOKEN}'"));
     guest.run("await 120 grep -q 'VF token' /tmp/vfs.log");
     let functions: Vec<_> = functions(guest).iter().filter(|one| !one["physical_function"].is_null()).map(address).collect();

@@ -1,6 +1,6 @@
 //! The appliance: configuration, polling cores, clocks, jobs, durable records and the command line; it plugs the rooms together.
 //!
-//! Not here yet: more than one polling core; virtual functions of a drive that an appliance drives.
+//! Not here yet: more than one polling core.
 //! Start reading at [`cli`] for what a user can do, at [`config`] for what `appliance.toml` may say, at [`run`] for the appliance
 //! as it serves and [`control`] for how it is spoken to, and at [`core`] for the threads. As the first process of the bootable
 //! image it is [`init`]; [`slots`] are that image's two systems.

@@ -242,7 +242,8 @@ enum DeviceCommand {
     /// Make virtual functions, give each queues and interrupts and bring it online; 0 takes them away
     #[command(after_help = "Example: dray device vfs 0000:01:00.0 2\n\n\
         They live as long as whoever drives the physical function does not reset it. Where the kernel has it, the command ends when they \
-        are online. Where vfio-pci has it, this command drives it, prints the VF token, and takes them away again at Ctrl-C.")]
+        are online. Where vfio-pci has it, this command drives it, prints the VF token, and takes them away again at Ctrl-C. An appliance \
+        that has it makes them itself: virtual-functions = N in its [[device]].")]
     Vfs {
         /// PCI address of the physical function
         address: String,
@@ -255,10 +256,10 @@ enum DeviceCommand {
     #[command(after_help = "\
         Example: dray device move drive --controller 2 --namespace 1 --to device:spare/1 --state /srv/vm.state\n\n\
         The running appliance has the drive's physical function, its migration management controller (a [[device]] with \
-        hold = true); a VM has the virtual function, say. What that writes is tracked by the drive, copied in rounds, and at the \
-        end the controller is suspended, its state written to FILE, its namespaces detached. It does not run again by itself: \
-        whoever moves the VM goes on from there. Until then Ctrl-C gives everything back to it. A drive that is not on the tested \
-        list is compared at the end, within [migration] compare, unless trust = \"drive\".\n\n\
+        virtual-functions = N, or hold = true); a VM has the virtual function, say. What that writes is tracked by the drive, \
+        copied in rounds, and at the end the controller is suspended, its state written to FILE, its namespaces detached. It does \
+        not run again by itself: whoever moves the VM goes on from there. Until then Ctrl-C gives everything back to it. A drive \
+        that is not on the tested list is compared at the end, within [migration] compare, unless trust = \"drive\".\n\n\
         Exit codes: 0 moved; 1 it did not begin, or the appliance was lost; 3 undone, 130 cancelled: the controller goes on where \
         it was; 4 in doubt, an operator must look.")]
     Move(migrate::DeviceMoveArgs),

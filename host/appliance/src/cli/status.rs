@@ -61,6 +61,12 @@ pub(crate) fn text(status: &Value) -> String {
         let (name, place, model) = (plain(&device["name"]), plain(&device["place"]), plain(&device["model"]));
         let failure = device["failure"].as_str().map_or_else(String::new, |why| format!("; it has failed: {why}"));
         let _infallible = writeln!(text, "device       {name}: {place}, {model}{failure}");
+        for one in all(&device["virtual_functions"]) {
+            let (address, controller, queues, interrupts) = (plain(&one["address"]), &one["controller"], &one["queues"], &one["interrupts"]);
+            let state = if one["online"] == true { "online" } else { "offline" };
+            let line = format!("{address}: controller {controller}, {queues} queues, {interrupts} interrupts, {state}");
+            let _infallible = writeln!(text, "function     {name}: {line}");
+        }
     }
     for export in all(&status["exports"]) {
         let (name, by, address) = (plain(&export["subsystem"]), plain(&export["by"]), plain(&export["address"]));

@@ -7,6 +7,7 @@ use dray_device::pci::PciAddress;
 use serde::Deserialize;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::path::PathBuf;
 use toml::Spanned;
 
@@ -29,6 +30,9 @@ pub struct Device {
     pub hold: Option<Spanned<bool>>,
     /// VFIO: the secret that a physical function shares with whoever has its virtual functions: a UUID.
     pub vf_token: Option<Spanned<String>>,
+    /// VFIO: virtual functions that are made at start, given queues and interrupts, brought online, and given to vfio-pci, and that
+    /// go at the end. The device is held then.
+    pub virtual_functions: Option<Spanned<NonZeroU16>>,
     /// VFIO: take the function from the kernel's driver at start, if nothing on it is in use, and give it back at the end.
     pub bind: Option<Spanned<bool>>,
     /// VFIO: which interface of the kernel maps memory for the function.
@@ -86,6 +90,12 @@ impl Device {
             (None, None, None, Some(path)) => Some(Way::VfioUser(path.get_ref().clone())),
             _ => None,
         }
+    }
+
+    /// Whether it is opened at start and kept until the end, whoever uses it.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.virtual_functions.is_some() || self.hold.as_ref().is_some_and(|hold| *hold.get_ref())
     }
 
     /// The way's key and value, for people.
@@ -179,6 +189,15 @@ fn check_way(device: &Device) -> Result<(), Problem> {
         let message = format!("\"{}\" is no UUID", token.get_ref());
         return Err(problem(token, message, "write 32 hexadecimal digits, like 83f69257-0c9b-4b4f-a3e9-b4bb1d3c2a55"));
     }
+    if let Some(functions) = &device.virtual_functions {
+        if device.vf_token.is_none() {
+            let message = "virtual functions open only for who knows their physical function's VF token";
+            return Err(problem(functions, message, "add vf-token = \"83f69257-…\", a UUID of your own (uuidgen makes one)"));
+        }
+        if let Some(hold) = device.hold.as_ref().filter(|hold| !hold.get_ref()) {
+            return Err(problem(hold, "a device with virtual functions is held", "remove it, or `virtual-functions`"));
+        }
+    }
     if let Some(path) = &device.passthru
         && !path.get_ref().is_absolute()
     {
@@ -213,6 +232,7 @@ fn check_keys(device: &Device) -> Result<(), Problem> {
         ("iommu", device.iommu.as_ref().map(Spanned::span)),
         ("space", device.space.as_ref().map(Spanned::span)),
         ("vf-token", device.vf_token.as_ref().map(Spanned::span)),
+        ("virtual-functions", device.virtual_functions.as_ref().map(Spanned::span)),
     ];
     let of_function = [("hold", device.hold.as_ref().map(Spanned::span))];
     let of_tcp = [

@@ -220,6 +220,7 @@ fn device_wrong(keys: &str) -> (usize, String) {
 #[test]
 fn a_device_is_reached_in_one_way_and_has_the_keys_of_that_way() {
     const TCP: &str = "nvme-tcp = \"127.0.0.1:4420\"\n";
+    const TOKEN: &str = "vf-token = \"83f69257-0c9b-4b4f-a3e9-b4bb1d3c2a55\"\n";
     for (keys, line, word) in [
         ("", 2, "names 0"),
         ("pci = \"0000:01:00.0\"\npassthru = \"/dev/nvme0\"\n", 2, "names 2"),
@@ -230,6 +231,10 @@ fn a_device_is_reached_in_one_way_and_has_the_keys_of_that_way() {
         ("passthru = \"/dev/nvme0\"\nbind = true\n", 4, "pci"),
         ("passthru = \"/dev/nvme0\"\nhold = true\n", 4, "pci or vfio-user"),
         ("pci = \"0000:01:00.0\"\nvf-token = \"83f6\"\n", 4, "83f69257-"),
+        ("pci = \"0000:01:00.0\"\nvirtual-functions = 2\n", 4, "vf-token"),
+        ("pci = \"0000:01:00.0\"\nvirtual-functions = 0\n", 4, "nonzero"),
+        (&format!("pci = \"0000:01:00.0\"\n{TOKEN}hold = false\nvirtual-functions = 2\n"), 5, "is held"),
+        ("vfio-user = \"d.sock\"\nvirtual-functions = 2\n", 4, "pci"),
         ("vfio-user = \"d.sock\"\nspace = \"a\"\n", 4, "pci"),
         ("vfio-user = \"d.sock\"\npci = \"0000:01:00.0\"\n", 2, "names 2"),
         ("nvme-tcp = \"localhost\"\n", 3, "with a port"),
@@ -244,6 +249,9 @@ fn a_device_is_reached_in_one_way_and_has_the_keys_of_that_way() {
     let config = parse(&with(held).0).expect("good");
     let way = config.device("d").and_then(device::Device::way);
     assert_eq!(way, Some(device::Way::VfioUser("d.sock".into())));
+    let with_functions = format!("[[device]]\nname = \"d\"\npci = \"0000:01:00.0\"\n{TOKEN}virtual-functions = 2\n");
+    let config = parse(&with(&with_functions).0).expect("good");
+    assert!(config.device("d").is_some_and(device::Device::is_held));
 }
 
 #[test]

@@ -95,7 +95,8 @@ impl Admin {
     /// Drives a function until it is ready.
     pub(super) fn function(name: &str, function: Driven, clock: Clock) -> Result<Self, DeviceError> {
         let queues = if matches!(function, Driven::Socket(_)) { POLLED_QUEUES } else { function.vectors().clamp(1, 64) };
-        let config = DriverConfig { io_queues: u16::try_from(queues).unwrap_or(1), ..DriverConfig::default() };
+        let watch_ready = matches!(function, Driven::Pci(_));
+        let config = DriverConfig { io_queues: u16::try_from(queues).unwrap_or(1), watch_ready, ..DriverConfig::default() };
         let driver = Driver::new(function.function(), config).map_err(|error| DeviceError::failed(name, &error))?;
         let mut admin = Self::Function(Box::new(driver), function);
         admin.ready(name, clock)?;
@@ -260,6 +261,26 @@ impl Admin {
     ) -> Result<Status, DeviceError> {
         let data = if data.is_empty() { AdminData::None } else { AdminData::Out(data) };
         Ok(self.exchange(name, what, clock, entry, data)?.completion.status)
+    }
+
+    /// Resets a function, and waits until its driver has it ready again.
+    pub(super) fn reset(&mut self, name: &str, clock: Clock) -> Result<(), DeviceError> {
+        const WHAT: &str = "coming back after a reset";
+        let Self::Function(driver, function) = self else {
+            return Err(DeviceError::failed(name, &"there is no function to reset"));
+        };
+        function.function().reset().map_err(|error| DeviceError::failed(name, &format!("function-level reset: {error}")))?;
+        let before = driver.generation();
+        driver.reset(clock.now());
+        self.until(name, WHAT, clock, |admin, _| admin.generation().is_some_and(|now| now != before).then_some(()))
+    }
+
+    /// Counts a function's resets, while its driver has it ready.
+    pub(super) fn generation(&self) -> Option<u32> {
+        match self {
+            Self::Function(driver, _) if driver.is_ready() => Some(driver.generation()),
+            _ => None,
+        }
     }
 
     /// Takes the driver out, for a move of a controller that it manages.

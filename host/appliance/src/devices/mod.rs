@@ -14,12 +14,14 @@ pub mod disk;
 mod memory;
 mod open;
 mod reservation;
+pub mod virtual_functions;
 
 pub use backing::DeviceBacking;
 pub use destination::DeviceDestination;
 pub use open::{DeviceError, OpenDevice};
 
 use crate::config::Config;
+use crate::config::device::{Device, Way};
 use dray_controller::CommandBackingConfig;
 use dray_device::backing::Backing;
 use dray_device::space::AddressSpace;
@@ -91,13 +93,19 @@ impl Devices {
         DeviceDestination::open(self.open(config, name)?, nsids)
     }
 
-    /// Opens what the configuration says is held from start to end.
+    /// Opens what the configuration says is held from start to end, and makes the virtual functions that it names.
     ///
     /// # Errors
-    /// [`DeviceError`].
-    pub fn hold(&self, config: &Config) -> Result<Vec<Arc<OpenDevice>>, DeviceError> {
-        let held = config.file.devices.iter().filter(|device| device.hold.as_ref().is_some_and(|hold| *hold.get_ref()));
-        held.map(|device| self.open(config, device.name.get_ref())).collect()
+    /// Of the device that cannot be had.
+    pub fn hold(&self, config: &Config) -> miette::Result<Vec<Arc<OpenDevice>>> {
+        let hold = |file: &Device| {
+            let device = self.open(config, file.name.get_ref())?;
+            if let (Some(Way::Pci(address)), Some(count)) = (file.way(), &file.virtual_functions) {
+                device.make_virtual_functions(address, *count.get_ref())?;
+            }
+            Ok(device)
+        };
+        config.file.devices.iter().filter(|device| device.is_held()).map(hold).collect()
     }
 
     /// Who has the PCI function of a controller of a device's subsystem: this process, if that is a device of its own.

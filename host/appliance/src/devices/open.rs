@@ -2,6 +2,7 @@
 
 use super::admin::{Admin, Driven};
 use super::memory::GuestMemory;
+use super::virtual_functions::{self, VirtualFunction, VirtualFunctions};
 use crate::config::Config;
 use crate::config::device::{Device, Iommu, Way, uuid};
 use crate::core::clock::Clock;
@@ -12,6 +13,7 @@ use dray_device::space::AddressSpace;
 use dray_device::vfio::{IommuChoice, VfioConfig, VfioFunction, VfioSpace};
 use dray_driver::Driver;
 use dray_driver::passthru::node::{block_devices, namespace_device};
+use dray_driver::virtualization::Step;
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::identify::{Cns, CommandSetId, IDENTIFY_BYTES, IdentifyController, IdentifyNamespace, controller_list};
 use dray_nvme::status::Status;
@@ -19,6 +21,7 @@ use rustix::fs::{Mode, OFlags};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::num::NonZeroU16;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -81,11 +84,62 @@ struct Shared {
     stop: AtomicBool,
     /// The device is gone, or has to be given away: nothing of it may be held.
     lost: AtomicBool,
+    virtual_functions: Mutex<Option<Online>>,
 }
 
 impl Shared {
     fn admin(&self) -> MutexGuard<'_, Admin> {
         self.admin.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Behind a reset of the device, whoever asked for it, the secondary controllers are offline.
+    fn keep_online(&self, admin: &mut Admin) {
+        let mut virtual_functions = self.virtual_functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(online), Some(generation)) = (virtual_functions.as_mut(), admin.generation())
+            && online.generation != generation
+        {
+            // Once for each reset, however it ends: a controller that refuses is not asked for ever.
+            online.generation = generation;
+            let mut primary = Primary { name: &self.name, admin, clock: self.clock };
+            match virtual_functions::bring_online(&mut primary, online.address, &mut online.made.plan) {
+                Ok(()) => tracing::warn!("device \"{}\" was reset: its virtual functions are online again", self.name),
+                Err(error) => tracing::error!("device \"{}\" was reset, and its virtual functions are offline: {error}", self.name),
+            }
+        }
+    }
+}
+
+/// Virtual functions that are there, and are kept online.
+struct Online {
+    address: PciAddress,
+    made: VirtualFunctions,
+    /// The device's resets when they were brought online.
+    generation: u32,
+}
+
+/// The device as whoever gives out its resources sees it.
+struct Primary<'a> {
+    name: &'a str,
+    admin: &'a mut Admin,
+    clock: Clock,
+}
+
+impl virtual_functions::Primary for Primary<'_> {
+    fn identify(&mut self, cns: Cns) -> miette::Result<Vec<u8>> {
+        let entry = SubmissionEntry::identify(cns, 0, 0, CommandSetId::NVM);
+        Ok(self.admin.ask(self.name, &cns.to_string(), self.clock, &entry, IDENTIFY_BYTES)?)
+    }
+
+    fn take(&mut self, step: &Step) -> miette::Result<()> {
+        let status = self.admin.tell(self.name, &step.to_string(), self.clock, &step.entry(), &[])?;
+        if status.is_error() {
+            return Err(DeviceError::Refused { name: self.name.to_owned(), what: step.to_string(), status }.into());
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> miette::Result<()> {
+        Ok(self.admin.reset(self.name, self.clock)?)
     }
 }
 
@@ -187,6 +241,7 @@ impl OpenDevice {
             space: memory,
             stop: AtomicBool::new(false),
             lost: AtomicBool::new(false),
+            virtual_functions: Mutex::default(),
             clock,
             name,
         });
@@ -216,6 +271,42 @@ impl OpenDevice {
     #[must_use]
     pub fn place(&self) -> &str {
         &self.place
+    }
+
+    /// Makes virtual functions in place of those there are, gives them to vfio-pci, and keeps them online until the device is closed.
+    ///
+    /// # Errors
+    /// Nothing of them is left then.
+    pub fn make_virtual_functions(&self, address: PciAddress, count: NonZeroU16) -> miette::Result<()> {
+        let inventory = Inventory::of_this_machine();
+        let mut admin = self.shared.admin();
+        let mut primary = Primary { name: self.name(), admin: &mut admin, clock: self.shared.clock };
+        let made = virtual_functions::make(&inventory, &mut primary, address, count.get())?;
+        let generation = admin.generation().ok_or_else(|| DeviceError::failed(self.name(), &"it was reset meanwhile"))?;
+        let functions = made.functions.clone();
+        // From here on they go with the device.
+        *self.online() = Some(Online { address, made, generation });
+        functions.into_iter().try_for_each(|function| inventory.bind(function).map(drop).map_err(virtual_functions::refused))
+    }
+
+    /// Its virtual functions, each with what it has.
+    #[must_use]
+    pub fn virtual_functions(&self) -> Vec<VirtualFunction> {
+        self.online().as_ref().map(|online| online.made.each().collect()).unwrap_or_default()
+    }
+
+    fn online(&self) -> MutexGuard<'_, Option<Online>> {
+        self.shared.virtual_functions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes its virtual functions away, unless someone has one: that one then sees its controller go offline, and is not waited for.
+    fn clear_virtual_functions(&self) {
+        let Some(Online { address, .. }) = self.online().take() else { return };
+        let mut admin = self.shared.admin();
+        let mut primary = Primary { name: self.name(), admin: &mut admin, clock: self.shared.clock };
+        if let Err(error) = virtual_functions::clear(&Inventory::of_this_machine(), &mut primary, address) {
+            tracing::warn!("device \"{}\": its virtual functions stay, without anybody to drive their drive: {error}", self.name());
+        }
     }
 
     /// Where memory is mapped for it; `None` where it needs none to be.
@@ -431,6 +522,7 @@ fn tend(shared: &Shared) {
             admin.let_go(why);
             shared.lost.store(true, Ordering::Release);
         }
+        shared.keep_online(&mut admin);
         drop(admin);
         if let Some(space) = &shared.space {
             shared.memory.work(space);
@@ -456,6 +548,7 @@ impl Drop for OpenDevice {
         {
             tracing::warn!("device \"{}\": its thread has died", self.shared.name);
         }
+        self.clear_virtual_functions();
         self.shared.admin().close(&self.shared.name, self.shared.clock);
         if self.bound.is_some() {
             // The function has to be closed before its driver can have it again.

@@ -202,6 +202,9 @@ impl Appliance {
         }
         for device in config.devices.all() {
             say(&format!("device       {}", departure::line(&config, &device)));
+            for one in device.virtual_functions() {
+                say(&format!("function     {}: {one}", device.name()));
+            }
         }
         let place = |name: &String| machines.iter().position(|m| m.name == *name).ok_or_else(|| miette!("no subsystem \"{name}\""));
         let ends = [place(config.file.migration.from.get_ref())?, place(config.file.migration.to.get_ref())?];

@@ -52,7 +52,17 @@ pub(super) fn value(appliance: &Appliance, view: &CoreView) -> Value {
     });
     let devices = config.devices.all().into_iter().map(|device| {
         let model = device.identify().and_then(|identify| identify.model().map(str::to_owned));
-        json!({ "name": device.name(), "place": device.place(), "model": model, "failure": device.failure() })
+        let virtual_functions = device.virtual_functions().into_iter().map(|one| {
+            let address = one.address.map(|address| address.to_string());
+            json!({
+                "address": address, "controller": one.share.cntlid, "queues": one.share.queues, "interrupts": one.share.interrupts,
+                "online": one.share.online,
+            })
+        });
+        json!({
+            "name": device.name(), "place": device.place(), "model": model, "failure": device.failure(),
+            "virtual_functions": virtual_functions.collect::<Vec<_>>(),
+        })
     });
     let policies = policies(config).map(|(role, policy)| json!({ "role": role, "component": policy.component.get_ref() }));
     let lent: Vec<_> = view.lent.iter().map(|(name, cntlid)| json!({ "subsystem": name, "controller": cntlid })).collect();

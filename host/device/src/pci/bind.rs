@@ -189,22 +189,48 @@ impl Inventory {
         self.existing(address)
     }
 
-    /// Makes `count` virtual functions, in place of those there are; no driver looks at them ([`probe`](Self::probe) lets one).
-    /// None takes them away.
+    /// A function that can have `count` virtual functions.
     ///
     /// # Errors
-    /// [`BindError`]; none are there then.
-    pub fn set_virtual_functions(&self, address: PciAddress, count: u16) -> Result<PciFunction, BindError> {
+    /// [`BindError`].
+    pub fn with_room_for(&self, address: PciAddress, count: u16) -> Result<PciFunction, BindError> {
         let function = self.existing(address)?;
         let total = function.sriov.map_or(0, |sriov| sriov.total);
-        if count > total {
-            return Err(BindError::TooManyVirtual { address, asked: count, total });
-        }
-        for number in &function.virtual_functions {
-            let uses = self.uses(&self.existing(*number)?);
+        if count > total { Err(BindError::TooManyVirtual { address, asked: count, total }) } else { Ok(function) }
+    }
+
+    /// Looks whether nobody uses a virtual function of a function.
+    ///
+    /// # Errors
+    /// [`BindError`] with the first that is in use, by the machine or by a program.
+    pub fn virtual_functions_are_free(&self, address: PciAddress) -> Result<(), BindError> {
+        let physical = self.existing(address)?;
+        for number in physical.virtual_functions {
+            let function = self.existing(number)?;
+            let uses = self.uses(&function);
             if !uses.is_empty() {
-                return Err(BindError::InUse { address: *number, uses });
+                return Err(BindError::InUse { address: number, uses });
             }
+            // Where both are in one group, whoever has the physical function has that, and no other program gets in.
+            if function.group != physical.group && self.is_driven(&function) {
+                return Err(BindError::Driven(number));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `count` virtual functions, in place of those there are; no driver looks at them ([`probe`](Self::probe) lets one).
+    /// None takes them away. While vfio-pci has the function, its leave to make some (`enable_sriov`) is taken.
+    ///
+    /// # Errors
+    /// [`BindError`]; none are there then, unless one of them is in use.
+    pub fn set_virtual_functions(&self, address: PciAddress, count: u16) -> Result<PciFunction, BindError> {
+        let function = self.with_room_for(address, count)?;
+        // The kernel would wait for whoever has one, however long.
+        self.virtual_functions_are_free(address)?;
+        let may = self.path("sys/module/vfio_pci/parameters/enable_sriov");
+        if count != 0 && function.driver.as_deref() == Some(VFIO_PCI) && read(&may).is_ok_and(|may| may == "N") {
+            self.put(&may, "Y")?;
         }
         let folder = self.folder(address);
         let enabled = function.sriov.map_or(0, |sriov| sriov.enabled);
@@ -300,6 +326,38 @@ mod tests {
         assert!(matches!(tree.live().bind("0000:09:00.0".parse().expect("address")), Err(BindError::NoFunction(_))));
         std::fs::remove_dir_all(tree.0.join("sys/bus/pci/drivers/vfio-pci")).expect("remove");
         assert!(matches!(tree.live().bind(address()), Err(BindError::NoDriver)));
+    }
+
+    #[test]
+    fn virtual_functions_that_are_in_use_stay() {
+        const VIRTUAL: &str = "0000:01:00.1";
+        let tree = tree();
+        tree.drive(VIRTUAL, 8, Some("nvme"), "nvme1");
+        tree.virtual_function(DRIVE, VIRTUAL, 2);
+        tree.file("proc/self/mountinfo", "29 1 259:0 / /srv rw - ext4 /dev/nvme1n1 rw\n");
+        let inventory = tree.live();
+        for count in [0, 2] {
+            let error = inventory.set_virtual_functions(address(), count).expect_err("in use");
+            assert_eq!(error.to_string(), "0000:01:00.1 is in use: nvme1n1 is mounted at /srv");
+        }
+        assert_eq!(tree.read(DRIVE, "sriov_numvfs"), "1\n", "nothing was touched");
+        tree.file("proc/self/mountinfo", "");
+        inventory.virtual_functions_are_free(address()).expect("free");
+    }
+
+    #[test]
+    fn vfio_is_asked_to_make_virtual_functions_only_where_it_has_the_drive() {
+        for (driver, leave) in [(VFIO_PCI, "Y"), ("nvme", "N\n")] {
+            let tree = Tree::new();
+            tree.drive(DRIVE, 7, Some(driver), "");
+            tree.put(DRIVE, "sriov_totalvfs", "2\n");
+            tree.put(DRIVE, "sriov_numvfs", "0\n");
+            tree.put(DRIVE, "sriov_drivers_autoprobe", "1\n");
+            tree.file("sys/module/vfio_pci/parameters/enable_sriov", "N\n");
+            let _this_kernel_makes_none = tree.live().set_virtual_functions(address(), 2);
+            let now = std::fs::read_to_string(tree.0.join("sys/module/vfio_pci/parameters/enable_sriov")).expect("a parameter");
+            assert_eq!(now, leave, "{driver}");
+        }
     }
 
     #[test]

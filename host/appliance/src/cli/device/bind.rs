@@ -2,8 +2,8 @@
 
 use super::physical::address;
 use super::print;
-use dray_device::pci::{BindError, Bound, Inventory, PciFunction};
-use miette::miette;
+use crate::devices::virtual_functions::refused;
+use dray_device::pci::{Bound, Inventory, PciFunction};
 use std::process::ExitCode;
 
 /// Gives a function to vfio-pci.
@@ -34,14 +34,4 @@ pub(in super::super) fn unbind(device: &str) -> miette::Result<ExitCode> {
 /// The driver that has a function.
 pub(super) fn owner(function: &PciFunction) -> &str {
     function.driver.as_deref().unwrap_or("none")
-}
-
-pub(super) fn refused(error: BindError) -> miette::Report {
-    match &error {
-        BindError::InUse { .. } => miette!(help = "unmount it, switch it off, or take it apart first; nothing was changed", "{error}"),
-        BindError::Kernel { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
-            miette!(help = "it takes root", "{error}")
-        }
-        _ => miette!("{error}"),
-    }
 }
