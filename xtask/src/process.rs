@@ -3,7 +3,7 @@
 use crate::Outcome;
 use crate::tree::Tree;
 use std::ffi::{OsStr, OsString};
-use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::io::{self, BufRead, BufReader, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -54,6 +54,29 @@ pub fn shown(command: &Command) -> String {
     command.get_args().fold(program.into_owned(), |line, arg| line + " " + &arg.to_string_lossy())
 }
 
+/// The same command, behind all that is not nice: it gets what of the processors the others leave.
+pub fn niced(of: &Command) -> Command {
+    let Some(nice) = find("nice") else { return again(of, Command::new(of.get_program())) };
+    let mut command = Command::new(nice);
+    command.args(["-n", "19"]).arg(of.get_program());
+    again(of, command)
+}
+
+/// Gives `command` what `of` has: arguments, environment, folder; no standard input.
+fn again(of: &Command, mut command: Command) -> Command {
+    command.args(of.get_args()).stdin(Stdio::null());
+    for (name, value) in of.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    if let Some(folder) = of.get_current_dir() {
+        command.current_dir(folder);
+    }
+    command
+}
+
 /// Runs to its end with its output on ours; what it prints to standard output goes to standard error.
 pub fn run(command: &mut Command) -> Outcome {
     command.stdout(io::stderr());
@@ -77,25 +100,29 @@ pub fn output(command: &mut Command) -> Outcome<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Runs to its end with its output on ours; `hear` gets each line of both streams, without colours.
-pub fn listen(command: &mut Command, hear: &mut (dyn FnMut(&str) + Send)) -> Outcome {
+/// Runs to its end; `tee` gets each line of both streams as it is (and may fail: a closed terminal must not end the run), `hear` the
+/// same without colours.
+pub fn listen(
+    command: &mut Command,
+    tee: &mut (dyn FnMut(&[u8]) -> io::Result<()> + Send),
+    hear: &mut (dyn FnMut(&str) + Send),
+) -> Outcome {
     if io::stderr().is_terminal() {
         command.env("CARGO_TERM_COLOR", "always");
     }
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|error| cannot_start(command, &error))?;
-    let hear = std::sync::Mutex::new(hear);
-    let tee = |line: &[u8]| {
-        let mut hear = hear.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        // A closed terminal must not end the run.
-        let _ = io::stderr().write_all(line);
-        hear(&plain(&String::from_utf8_lossy(line)));
+    let both = std::sync::Mutex::new((tee, hear));
+    let each = |line: &[u8]| {
+        let mut both = both.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _ = both.0(line);
+        both.1(&plain(&String::from_utf8_lossy(line)));
     };
     let (out, err) = (child.stdout.take(), child.stderr.take());
     std::thread::scope(|scope| {
-        scope.spawn(|| err.map(|stream| each_line(stream, &tee)));
+        scope.spawn(|| err.map(|stream| each_line(stream, &each)));
         if let Some(stream) = out {
-            each_line(stream, &tee);
+            each_line(stream, &each);
         }
     });
     let status = child.wait().map_err(|error| cannot_start(command, &error))?;
@@ -177,9 +204,18 @@ mod tests {
         let mut heard = Vec::new();
         let mut command = command("/bin/sh");
         command.args(["-c", "printf 'one\\ntwo' ; printf '\\033[1m\\033[32m   Compiling\\033[0m x v1\\n' >&2"]);
-        listen(&mut command, &mut |line| heard.push(line.to_owned())).unwrap();
+        let mut raw = Vec::new();
+        listen(&mut command, &mut |line| io::Write::write_all(&mut raw, line), &mut |line| heard.push(line.to_owned())).unwrap();
         heard.sort();
         assert_eq!(heard, ["   Compiling x v1", "one", "two"]);
+        assert!(String::from_utf8_lossy(&raw).contains("\x1b[1m\x1b[32m   Compiling"), "as it is");
+    }
+
+    #[test]
+    fn a_nice_command_is_the_same_command() {
+        let mut plain = command("/bin/sh");
+        plain.args(["-c", "echo $WHO in $PWD; nice"]).env("WHO", "me").current_dir("/");
+        assert_eq!(output(&mut niced(&plain)).unwrap(), "me in /\n19\n");
     }
 
     #[test]
