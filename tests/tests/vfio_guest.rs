@@ -1,8 +1,9 @@
 //! Physical functions through VFIO, in a stock guest: QEMU's own NVMe controllers behind an emulated IOMMU, which nobody here
 //! wrote, and the `dray` binary inside. What VFIO needs of a kernel is not there where tests run, so this is where it is tried.
 //!
-//! Three boots: one machine with drives that are listed, taken, identified, formatted, exercised, given back and pulled out; one
-//! with a drive that has virtual functions; one in which the README's commands are run as they are written.
+//! Four boots: one machine with drives that are listed, taken, identified, formatted, exercised, given back and pulled out; one
+//! with a drive that has virtual functions; one whose drive is reset while an appliance serves from it; one in which the README's
+//! commands are run as they are written.
 
 use dray_tests::dray_in_guest::Initrd;
 use dray_tests::guest::{self, Guest, Machine, STEP, Trouble};
@@ -228,7 +229,7 @@ fn virtual_functions_get_queues_and_interrupts_and_work() {
     let _turn = guest::turn();
     let folder = Folder::new("virtual");
     let file = folder.drive("drive.img");
-    let initrd = Initrd::with_dray_and(&[("held.toml", an_appliance_that_holds("0000:01:00.0").as_bytes())]);
+    let initrd = Initrd::with_dray_and(&[("held.toml", an_appliance_that_holds().as_bytes())]);
     let machine = with_virtual_functions(Machine::new("vfio-vfs"), "parent", &file).initrd(initrd.path());
     let mut guest = Guest::boot(&machine);
     let physical = drive(&mut guest, "parent");
@@ -265,26 +266,43 @@ fn virtual_functions_get_queues_and_interrupts_and_work() {
 /// The VF token of those who drive the physical function.
 const TOKEN: &str = "83f69257-0c9b-4b4f-a3e9-b4bb1d3c2a55";
 
-/// The configuration of an appliance that has the drive there, makes it two virtual functions, and serves from memory.
-fn an_appliance_that_holds(address: &str) -> String {
-    let side = |name: &str| {
+/// Where the one drive behind a port is.
+const ADDRESS: &str = "0000:01:00.0";
+/// What appliances serve.
+const NQN: &str = "nqn.2026-11.org.example:held";
+/// A namespace of memory.
+const MEMORY: &str = "backing = \"memory\"\nsize = \"1MiB\"";
+
+/// The configuration of an appliance that serves these namespaces, and has a drive with these keys.
+fn an_appliance(namespaces: [&str; 2], drive: &str, exports: &str) -> String {
+    let side = |name: &str, namespace: &str| {
         format!(
-            "[[subsystem]]\nname = \"{name}\"\nnqn = \"nqn.2026-11.org.example:held\"\nserial = \"HELD\"\n\
-             [[subsystem.namespace]]\nnsid = 1\nbacking = \"memory\"\nsize = \"1MiB\"\nnguid = \"000000000000000000000000000000d1\"\n\
+            "[[subsystem]]\nname = \"{name}\"\nnqn = \"{NQN}\"\nserial = \"HELD\"\n\
+             [[subsystem.namespace]]\nnsid = 1\nnguid = \"000000000000000000000000000000d1\"\n{namespace}\n\
              [[subsystem.controller]]\ncntlid = 1\nrole = \"management\"\n\
              [[subsystem.controller]]\ncntlid = 2\nrole = \"migratable\"\nnamespaces = [1]\n"
         )
     };
     let policies = ["cdq", "tracking", "copy"].map(|role| format!("[policy.{role}]\ncomponent = \"native\"\n")).concat();
-    let device = format!("name = \"drive\"\npci = \"{address}\"\nbind = true\nvf-token = \"{TOKEN}\"\nvirtual-functions = 2\n");
-    let (from, to) = (side("source"), side("destination"));
-    format!("[core]\nstate = \"/tmp/held\"\n{from}{to}[[device]]\n{device}[migration]\nfrom = \"source\"\nto = \"destination\"\n{policies}")
+    let ends = side("source", namespaces[0]) + &side("destination", namespaces[1]);
+    let device = format!("[[device]]\nname = \"drive\"\npci = \"{ADDRESS}\"\nbind = true\n{drive}");
+    format!("[core]\nstate = \"/tmp/held\"\n{ends}{device}{exports}[migration]\nfrom = \"source\"\nto = \"destination\"\n{policies}")
 }
 
-/// Starts the appliance, waits until it serves, and returns its virtual functions.
-fn start_appliance(guest: &mut Guest) -> Vec<String> {
+/// One that makes the drive two virtual functions, and serves from memory.
+fn an_appliance_that_holds() -> String {
+    an_appliance([MEMORY; 2], &format!("vf-token = \"{TOKEN}\"\nvirtual-functions = 2\n"), "")
+}
+
+/// Starts the appliance and waits until it serves.
+fn start_appliance(guest: &mut Guest) {
     guest.run("start run 'dray --config /held.toml run'");
     guest.run("await 120 grep -q ^ready /tmp/run.log");
+}
+
+/// The same, and its virtual functions.
+fn start_with_functions(guest: &mut Guest) -> Vec<String> {
+    start_appliance(guest);
     let status = json(&good(guest, "--config /held.toml status --json"));
     let functions = status["devices"][0]["virtual_functions"].as_array().cloned().unwrap_or_default();
     let whole = |one: &Value| one["queues"] == 2 && one["interrupts"] == 1 && one["online"] == true;
@@ -299,7 +317,7 @@ fn folder_number(guest: &mut Guest, address: &str) -> String {
 
 /// The appliance has the physical function: its virtual functions come and go with it, and nobody who has one is waited for.
 fn behind_an_appliance(guest: &mut Guest, at: &str) {
-    let functions = start_appliance(guest);
+    let functions = start_with_functions(guest);
     let one = &functions[0];
     let said = guest.run("cat /tmp/run.log");
     assert_eq!(said.matches("2 queues, 1 interrupts, online").count(), 2, "{said}");
@@ -319,7 +337,7 @@ fn behind_an_appliance(guest: &mut Guest, at: &str) {
     guest.run("stop --config /held.toml run");
     let said = words(&guest.run("finish run 60"));
     assert!(said.contains("its virtual functions stay") && said.contains(&format!("{one} is in use by a program")), "{said}");
-    assert_eq!(start_appliance(guest), functions);
+    assert_eq!(start_with_functions(guest), functions);
     assert_eq!(folder_number(guest, one), before, "made anew");
     guest.run("stop sleep 600");
     assert!(guest.step("finish holder", STEP).is_err(), "it was told to end");
@@ -333,7 +351,7 @@ fn behind_an_appliance(guest: &mut Guest, at: &str) {
     assert_eq!((&physical["virtual_functions"], &physical["owner"]), (&Value::Array(Vec::new()), &"vfio-pci".into()), "{physical:#}");
     good(guest, &format!("device unbind {at}"));
     // One that took it itself gives it back.
-    start_appliance(guest);
+    start_with_functions(guest);
     guest.run("stop --config /held.toml run");
     guest.run("finish run 60");
     assert_eq!(drive(guest, "parent")["owner"], "nvme");
@@ -360,6 +378,57 @@ fn behind_a_physical_function_of_ours(guest: &mut Guest, at: &str) {
     guest.run("finish vfs 120");
     assert_eq!(drive(guest, "parent")["virtual_functions"], Value::Array(Vec::new()));
     assert!(good(guest, &format!("device unbind {at}")).contains("the driver nvme has it now"));
+}
+
+#[test]
+fn a_drive_that_somebody_resets_costs_its_guest_no_command() {
+    /// Who connects, as `tests/guests/steps.sh` says it.
+    const HOST: &str = "nqn.2014-08.org.nvmexpress:uuid:d7a10000-0000-4000-8000-000000000001";
+    let _turn = guest::turn();
+    let folder = Folder::new("reset");
+    let file = folder.drive("drive.img");
+    let export = format!(
+        "[[export]]\nsubsystem = \"source\"\ncontrollers = [2]\nby = \"nvme-tcp\"\nlisten = \"127.0.0.1:4420\"\nhosts = [{{ nqn = \"{HOST}\" }}]\n"
+    );
+    let config = an_appliance(["backing = \"device\"\ndevice = \"drive\"", MEMORY], "", &export);
+    let initrd = Initrd::with_dray_and(&[("held.toml", config.as_bytes())]);
+    let machine = Machine::new("vfio-reset").iommu().modules("nvme-tcp").initrd(initrd.path()).qemu(&[
+        "-device",
+        "pcie-root-port,id=rp,slot=1,chassis=1",
+        "-drive",
+        &format!("file={},if=none,id=disk,format=raw", file.display()),
+        "-device",
+        "nvme,id=nv,serial=reset,drive=disk,bus=rp",
+    ]);
+    let mut guest = Guest::boot(&machine);
+    assert_eq!(address(&drive(&mut guest, "reset")), ADDRESS);
+    start_appliance(&mut guest);
+    guest.run("ip link set lo up");
+    guest.run(&format!("connect 127.0.0.1 4420 {NQN}"));
+    guest.run(&format!("fabric_disk {NQN}"));
+    guest.run("start load 'fio_verified $(disk) 16M 8'");
+    // Each under writes, and once more when the one before is over.
+    for resets in 1..=2 {
+        guest.run("running load");
+        guest.run(&format!("echo 1 >/sys/bus/pci/devices/{ADDRESS}/reset"));
+        guest.run(&format!("await 60 sh -c \"test \\$(grep -c 'namespace 1 goes on' /tmp/run.log) -ge {resets}\""));
+    }
+    let said = guest.run("finish load 180");
+    assert!(said.contains("fio error 0"), "{said}");
+    // Without a guest's commands as well: the next one finds a queue.
+    guest.run(&format!("echo 1 >/sys/bus/pci/devices/{ADDRESS}/reset"));
+    let said = guest.run("fio_verified $(disk) 1M");
+    assert!(said.contains("fio error 0"), "{said}");
+    let status = json(&good(&mut guest, "--config /held.toml status --json"));
+    let controllers = status["subsystems"][0]["controllers"].as_array().cloned().unwrap_or_default();
+    let migratable = controllers.iter().find(|one| one["cntlid"] == 2).unwrap_or_else(|| panic!("{status:#}"));
+    assert!(migratable["counters"]["writes"].as_u64().is_some_and(|writes| writes > 1000), "{status:#}");
+    guest.run("! dmesg | grep 'I/O error'");
+    guest.run(&format!("disconnect {NQN}"));
+    guest.run("stop --config /held.toml run");
+    guest.run("finish run 60");
+    assert_eq!(drive(&mut guest, "reset")["owner"], "nvme");
+    guest.off();
 }
 
 /// The commands of the block in README's section "On hardware", without their comments.

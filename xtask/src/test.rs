@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 pub const HELP: &str = "\
 Builds and runs all tests, in stages, and prints what each took: set-up (Debian's e2fsprogs), the
 policies, the virtual machines (see `cargo xtask guests`), the host with tests and benches, the
-bootable image, the host's tests, the fuzz targets for a few seconds each, 2,000 seeds of the
-simulator and its planted faults. What has builds of its own runs beside the host's tests, which
-leave the processors idle every now and then, and comes behind them (nice): the policies' own tests
-on the host, the loom tests of the crates that have some, the fenced memory and the queues that no
-kernel has yet (feature kernel-cdq) under AddressSanitizer or, where that is installed, Miri, the
-tests of the fuzz targets, our servers before clients that others have written. Stops at the first
+bootable image, the host's tests, the fuzz targets for a few seconds each. What has builds of its own
+runs beside the host's tests, which leave the processors idle every now and then, and comes behind
+them (nice): the policies' own tests on the host, the loom tests of the crates that have some, the
+fenced memory and the queues that no kernel has yet (feature kernel-cdq) under AddressSanitizer or,
+where that is installed, Miri, the tests of the fuzz targets, our servers before clients that others
+have written, 2,000 seeds of the simulator, its planted faults and its own tests. Stops at the first
 stage that fails.
 
 The sandbox's runtime (wasmtime) takes minutes to compile: a run that compiles it twice fails.
@@ -135,24 +135,29 @@ fn parts(tree: &Tree) -> Outcome<Vec<Part>> {
     let tests = Stage::tests("tests", cargo(tree, &[&["test"][..], &release].concat()));
     let mut hostile = fuzz::command(tree, &["run"])?;
     hostile.args(["--bin", "timeboxed", "--", "--seconds", "5"]);
-    let mut last = vec![
+    let last = vec![
         Stage::builds("fuzz", hostile),
         // Nothing to compile, unless the demo's selection of packages has come to differ: then wasmtime is counted again.
         Stage::builds("demo's build", cargo(tree, &demo::BUILD)),
-        // The simulator's build has the places that faults are planted at; wasmtime stays as it is.
-        Stage::builds("sim's build", cargo(tree, &sim::BUILD)),
     ];
+    Ok(vec![
+        Part { stages: vec![build, image], ..Part::default() },
+        Part { stages: vec![tests], beside: apart(tree)?.into_iter().chain(simulator(tree)).collect() },
+        Part { stages: last, ..Part::default() },
+    ])
+}
+
+/// The simulator's build has the places that faults are planted at. It is in the target folder of all else, so that wasmtime stays as
+/// it is, and makes nothing that the host's tests look at.
+fn simulator(tree: &Tree) -> Vec<Stage> {
+    let mut stages = vec![Stage::builds("sim's build", cargo(tree, &sim::BUILD))];
     for (name, args) in [("sim", ["--seeds", "2000"]), ("planted faults", ["--planted", "all"])] {
         let mut command = sim::program(tree);
         command.args(args);
-        last.push(Stage::builds(name, command));
+        stages.push(Stage::builds(name, command));
     }
-    last.push(Stage::tests("sim's own tests", cargo(tree, &sim::TESTS)));
-    Ok(vec![
-        Part { stages: vec![build, image], ..Part::default() },
-        Part { stages: vec![tests], beside: apart(tree)? },
-        Part { stages: last, ..Part::default() },
-    ])
+    stages.push(Stage::tests("sim's own tests", cargo(tree, &sim::TESTS)));
+    stages
 }
 
 /// What has a target folder of its own, so that it can be built and run while the host's tests run. These wait for guests and
@@ -362,15 +367,18 @@ mod tests {
     fn one_profile_and_one_package_selection_for_all_that_compiles_wasmtime() {
         let parts = parts(&Tree::find().unwrap()).unwrap();
         let whole = ["build", "tests", "demo's build", "sim's build", "sim's own tests"];
-        let found: Vec<_> = parts.iter().flat_map(|part| &part.stages).filter(|stage| whole.contains(&stage.name)).collect();
+        let all = || parts.iter().flat_map(|part| part.stages.iter().chain(&part.beside));
+        let found: Vec<_> = all().filter(|stage| whole.contains(&stage.name)).collect();
         assert_eq!(found.len(), whole.len());
         for stage in found {
             let shown = shown(&stage.command);
             assert!(shown.contains("--release") && shown.contains("--workspace"), "{shown}");
         }
-        // Two builds in one target folder would wait for each other.
-        let target = |stage: &Stage| stage.command.get_envs().any(|(name, value)| name == "CARGO_TARGET_DIR" && value.is_some());
-        assert!(parts.iter().flat_map(|part| &part.beside).all(target));
+        // Beside the tests nothing else may put another binary where they look for it.
+        let apart = |stage: &Stage| stage.command.get_envs().any(|(name, value)| name == "CARGO_TARGET_DIR" && value.is_some());
+        let harmless = |stage: &Stage| apart(stage) || stage.name.starts_with("sim") || stage.name == "planted faults";
+        assert!(parts.iter().flat_map(|part| &part.beside).all(harmless));
+        assert!(sim::BUILD.contains(&"--example") && sim::TESTS.contains(&"--lib"));
     }
 
     /// A stage that says so many tests passed, and ends with that status.

@@ -159,6 +159,7 @@ pub(super) fn check(config: &Config) -> Result<(), Problem> {
         }
         check_way(device)?;
         check_keys(device)?;
+        check_functions(device)?;
         let way = [&device.nqn.as_ref().map(|nqn| nqn.get_ref().as_str()).unwrap_or_default(), device.place().as_str()].concat();
         if !places.insert(way) {
             let message = format!("another device is at {} as well", device.place());
@@ -189,15 +190,6 @@ fn check_way(device: &Device) -> Result<(), Problem> {
         let message = format!("\"{}\" is no UUID", token.get_ref());
         return Err(problem(token, message, "write 32 hexadecimal digits, like 83f69257-0c9b-4b4f-a3e9-b4bb1d3c2a55"));
     }
-    if let Some(functions) = &device.virtual_functions {
-        if device.vf_token.is_none() {
-            let message = "virtual functions open only for who knows their physical function's VF token";
-            return Err(problem(functions, message, "add vf-token = \"83f69257-…\", a UUID of your own (uuidgen makes one)"));
-        }
-        if let Some(hold) = device.hold.as_ref().filter(|hold| !hold.get_ref()) {
-            return Err(problem(hold, "a device with virtual functions is held", "remove it, or `virtual-functions`"));
-        }
-    }
     if let Some(path) = &device.passthru
         && !path.get_ref().is_absolute()
     {
@@ -220,6 +212,19 @@ fn check_way(device: &Device) -> Result<(), Problem> {
         if device.controller_secret_file.is_some() && device.secret_file.is_none() {
             let message = "a controller's secret needs one of the host";
             return Err(problem(&device.name, message, "add secret-file = \"…\""));
+        }
+    }
+    Ok(())
+}
+
+fn check_functions(device: &Device) -> Result<(), Problem> {
+    if let Some(functions) = &device.virtual_functions {
+        if device.vf_token.is_none() {
+            let message = "virtual functions open only for who knows their physical function's VF token";
+            return Err(problem(functions, message, "add vf-token = \"83f69257-…\", a UUID of your own (uuidgen makes one)"));
+        }
+        if let Some(hold) = device.hold.as_ref().filter(|hold| !hold.get_ref()) {
+            return Err(problem(hold, "a device with virtual functions is held", "remove it, or `virtual-functions`"));
         }
     }
     Ok(())

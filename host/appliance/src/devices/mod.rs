@@ -13,6 +13,7 @@ mod destination;
 pub mod disk;
 mod memory;
 mod open;
+mod requeue;
 mod reservation;
 pub mod virtual_functions;
 

@@ -2,6 +2,7 @@
 
 use super::admin::{Admin, Driven};
 use super::memory::GuestMemory;
+use super::requeue::{Promise, Requeue, Seat};
 use super::virtual_functions::{self, VirtualFunction, VirtualFunctions};
 use crate::config::Config;
 use crate::config::device::{Device, Iommu, Way, uuid};
@@ -85,6 +86,7 @@ struct Shared {
     /// The device is gone, or has to be given away: nothing of it may be held.
     lost: AtomicBool,
     virtual_functions: Mutex<Option<Online>>,
+    requeue: Requeue,
 }
 
 impl Shared {
@@ -242,6 +244,7 @@ impl OpenDevice {
             stop: AtomicBool::new(false),
             lost: AtomicBool::new(false),
             virtual_functions: Mutex::default(),
+            requeue: Requeue::default(),
             clock,
             name,
         });
@@ -376,8 +379,23 @@ impl OpenDevice {
     /// # Errors
     /// [`DeviceError`].
     pub fn queue(&self, nsid: u32) -> Result<Box<dyn CommandQueue>, DeviceError> {
+        Ok(self.seated_queue(nsid)?.0)
+    }
+
+    /// The same, and what is needed to ask for [another](Self::want_queue) when it has died.
+    pub(super) fn seated_queue(&self, nsid: u32) -> Result<(Box<dyn CommandQueue>, Seat), DeviceError> {
         let nth = self.queues.fetch_add(1, Ordering::Relaxed);
-        self.shared.admin().queue(self.name(), nsid, nth, self.shared.clock)
+        let mut admin = self.shared.admin();
+        // Before the queue is made: one that dies while it is made is an old one.
+        let seat = Seat { nth, generation: admin.generation() };
+        Ok((admin.queue(self.name(), nsid, nth, self.shared.clock)?, seat))
+    }
+
+    /// Asks for a queue in place of one that has died; waits for nothing.
+    pub(super) fn want_queue(&self, config: CommandBackingConfig, seat: Seat) -> Arc<Promise> {
+        let promise = self.shared.requeue.want(config, seat);
+        self.waker.unpark();
+        promise
     }
 
     /// Sends an admin command, and waits for its status.
@@ -523,6 +541,7 @@ fn tend(shared: &Shared) {
             shared.lost.store(true, Ordering::Release);
         }
         shared.keep_online(&mut admin);
+        shared.requeue.serve(&shared.name, &mut admin, shared.clock);
         drop(admin);
         if let Some(space) = &shared.space {
             shared.memory.work(space);

@@ -10,6 +10,11 @@
 //! **When memory goes.** A guest's memory may be taken away from the device only when no command reaches it any more:
 //! [`UsesMemory`] is how whoever unmaps it knows.
 //!
+//! **When the queue dies** (its controller was reset), operations fail, unless somebody has said that there will be another queue
+//! ([`CommandBacking::outlive_queue`]): then they wait for that, and are carried out from their beginning on it. Nobody has been told
+//! how they ended, so that to write once more what was perhaps written changes nothing; the controller's reset is what makes sure
+//! that nothing of the old queue comes later.
+//!
 //! Commands are sent by [`Backing::poll`], which is told the time that their time-outs begin at.
 
 use super::{SizeError, check};
@@ -66,6 +71,9 @@ pub enum CommandBackingError {
         /// Bytes of the largest transfer, or of a bounce buffer.
         most: usize,
     },
+    /// The queue is not dead, or its commands have not come back yet.
+    #[error("the queue that it has is in use")]
+    InUse,
 }
 
 /// Says when operations that began before some moment have ended. Clones are of the same backing.
@@ -133,6 +141,8 @@ struct Operation {
     /// Commands under way.
     commands: u32,
     status: Status,
+    /// A command of it came back from a dead queue: it begins anew on another one.
+    again: bool,
     /// The data's memory, held until the end.
     data: Vec<DmaBuffer>,
     epoch: u64,
@@ -176,6 +186,22 @@ pub struct CommandBacking {
     ended: Vec<Completion>,
     uses: UsesMemory,
     bounced: u64,
+    /// Bounce buffers of commands with unknown outcome, which a controller may reach until it has been reset.
+    lost_bounce: Vec<u16>,
+    hope: Hope,
+}
+
+/// What becomes of operations when their queue dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hope {
+    /// They fail.
+    None,
+    /// They would wait for another one; this one is well.
+    Idle,
+    /// They wait for another one.
+    Stranded,
+    /// Nothing is sent any more: what waited has failed.
+    GaveUp,
 }
 
 impl std::fmt::Debug for CommandBacking {
@@ -212,6 +238,7 @@ impl CommandBacking {
             sent: 0,
             commands: 0,
             status: Status::SUCCESS,
+            again: false,
             data: Vec::with_capacity(34),
             epoch: 0,
         };
@@ -235,6 +262,8 @@ impl CommandBacking {
             ended: Vec::with_capacity(depth as usize),
             uses: UsesMemory::default(),
             bounced: 0,
+            lost_bounce: Vec::new(),
+            hope: Hope::None,
             queue,
             config,
         })
@@ -244,6 +273,42 @@ impl CommandBacking {
     #[must_use]
     pub fn uses_memory(&self) -> UsesMemory {
         self.uses.clone()
+    }
+
+    /// From here on operations do not fail with their queue: they wait until there is [another](Self::replace_queue), or until
+    /// somebody [gives up](Self::give_up).
+    pub fn outlive_queue(&mut self) {
+        self.hope = Hope::Idle;
+    }
+
+    /// Whether the queue is dead, all its commands have come back, and operations wait for another one.
+    #[must_use]
+    pub fn is_stranded(&self) -> bool {
+        self.hope == Hope::Stranded && self.free_commands.len() == self.commands.len()
+    }
+
+    /// A queue in place of a dead one, to the same namespace. The controller was reset in between: nothing of the old queue takes
+    /// effect any more, nothing reaches its memory.
+    ///
+    /// # Errors
+    /// [`CommandBackingError`], when it takes less than the one before. Nothing has changed then.
+    pub fn replace_queue(&mut self, queue: Box<dyn CommandQueue>) -> Result<(), CommandBackingError> {
+        if !self.is_stranded() {
+            return Err(CommandBackingError::InUse);
+        }
+        let limits = queue.limits();
+        let most = self.zeroes.len();
+        if limits.max_transfer < most {
+            return Err(CommandBackingError::NoRoom { block_bytes: self.config.block_bytes, most: limits.max_transfer });
+        }
+        (self.queue, self.limits, self.hope) = (queue, limits, Hope::Idle);
+        self.free_bounce.append(&mut self.lost_bounce);
+        Ok(())
+    }
+
+    /// There will be no other queue: what waits for one fails, and what comes.
+    pub fn give_up(&mut self) {
+        self.hope = Hope::GaveUp;
     }
 
     /// The NSID at the device.
@@ -315,6 +380,9 @@ impl CommandBacking {
     fn send_one(&mut self, now: Time, index: u32) -> Sent {
         let Some(&slot) = self.free_commands.last() else { return Sent::Later };
         let Some(operation) = self.operations.get(index as usize) else { return Sent::Later };
+        if self.hope == Hope::GaveUp {
+            return Sent::Failed(Status::INTERNAL_ERROR);
+        }
         let (op, shift) = (operation.op, self.config.block_bytes.trailing_zeros());
         let blocks = (operation.blocks - operation.sent.min(operation.blocks)).min(self.most_blocks(op));
         let slba = operation.slba + operation.sent;
@@ -345,6 +413,10 @@ impl CommandBacking {
         match outcome {
             Ok(()) => {}
             Err(SubmitError::Full) => return Sent::Later,
+            Err(SubmitError::Dead) if self.hope == Hope::Idle => {
+                self.hope = Hope::Stranded;
+                return Sent::Later;
+            }
             Err(SubmitError::Dead) => return Sent::Failed(Status::INTERNAL_ERROR),
             Err(SubmitError::BadData | SubmitError::NotMapped) => return Sent::Failed(Status::DATA_TRANSFER_ERROR),
         }
@@ -438,19 +510,26 @@ impl CommandBacking {
             let slot = tag as u32;
             let command = *self.commands.get(slot as usize)?;
             let operation = self.operations.get_mut(command.operation as usize)?;
+            let again = unknown && matches!(self.hope, Hope::Idle | Hope::Stranded);
+            if again {
+                (operation.again, self.hope) = (true, Hope::Stranded);
+            }
             // Nobody knows how it ended: no data of it is believed.
-            let status = if unknown { Status::INTERNAL_ERROR } else { status };
+            let status = match unknown {
+                true if again => Status::SUCCESS,
+                true => Status::INTERNAL_ERROR,
+                false => status,
+            };
             if let Some(number) = command.bounce {
                 if let Some(buffer) = self.bounce.get(usize::from(number))
                     && operation.op == BackingOp::Read
+                    && !unknown
                     && !status.is_error()
                 {
                     copy(&operation.data, command.at, buffer, command.bytes, false);
                 }
-                // A command of unknown outcome may still reach its buffer: it is not used again.
-                if !unknown {
-                    self.free_bounce.push(number);
-                }
+                // A command of unknown outcome may still reach its buffer: it is not used again before a reset.
+                if unknown { self.lost_bounce.push(number) } else { self.free_bounce.push(number) }
             }
             operation.commands = operation.commands.saturating_sub(1);
             if status.is_error() && !operation.status.is_error() {
@@ -461,6 +540,14 @@ impl CommandBacking {
             command.operation
         };
         let operation = self.operations.get_mut(index as usize)?;
+        if operation.again && operation.commands == 0 && !operation.status.is_error() {
+            (operation.again, operation.sent) = (false, 0);
+            // It may be there, if not all of it was sent.
+            if !self.waiting.contains(&index) {
+                self.waiting.push(index);
+            }
+            return None;
+        }
         if operation.commands > 0 || has_more(operation) {
             return None;
         }
@@ -551,7 +638,7 @@ impl Backing for CommandBacking {
         let BackingRequest { op, slba, blocks, tag, .. } = *request;
         let blocks = if op == BackingOp::Flush { 0 } else { blocks };
         (operation.op, operation.slba, operation.blocks, operation.tag) = (op, slba, blocks, tag);
-        (operation.sent, operation.commands, operation.status) = (0, 0, Status::SUCCESS);
+        (operation.sent, operation.commands, operation.status, operation.again) = (0, 0, Status::SUCCESS, false);
         let owned = |piece: &Segment<'_>| DmaBuffer::new(Arc::clone(piece.arena()), piece.offset(), piece.len());
         operation.data.extend(request.data.iter().filter_map(owned));
         operation.epoch = self.uses.begin();
@@ -573,7 +660,7 @@ impl Backing for CommandBacking {
             }
         }
         self.ended = ended;
-        if !self.waiting.is_empty() {
+        if !self.waiting.is_empty() && self.hope != Hope::Stranded {
             self.send_waiting(now);
         }
         self.uses.turn();

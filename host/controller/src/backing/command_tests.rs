@@ -301,3 +301,94 @@ proptest! {
         }
     }
 }
+
+/// Begins a write of that byte and a read, of 8,192 bytes each, and a flush; one poll sends them.
+fn begin_three(rig: &mut Rig, memory: &DmaBuffer, byte: u8) {
+    memory.arena().fill(0, 8192, byte);
+    let (write, read) = (memory.part(0, 8192).expect("piece"), memory.part(8192, 8192).expect("piece"));
+    let requests = [
+        BackingRequest { op: BackingOp::Write { fua: false }, slba: 8, blocks: 16, data: &[write], tag: 1 },
+        BackingRequest { op: BackingOp::Read, slba: 64, blocks: 16, data: &[read], tag: 2 },
+        BackingRequest { op: BackingOp::Flush, slba: 0, blocks: 0, data: &[], tag: 3 },
+    ];
+    for request in &requests {
+        assert_eq!(rig.backing.submit(request), Submitted::Pending);
+    }
+    assert_eq!(rig.backing.poll(Time(1), &mut |_, _| panic!("too early")), 0);
+}
+
+fn ended(rig: &mut Rig) -> Vec<(u64, Status)> {
+    let mut all = Vec::new();
+    for turn in 0..64 {
+        rig.backing.poll(Time(2 + turn), &mut |tag, status| all.push((tag, status)));
+    }
+    all.sort_by_key(|(tag, _)| *tag);
+    all
+}
+
+#[test]
+fn operations_outlive_a_dead_queue_and_are_carried_out_anew() {
+    for mapped in [true, false] {
+        // Eight blocks to a command: operations are of several, some ended, some under way, some not sent.
+        let mut rig = rig(3, 4096, 0, mapped);
+        rig.backing.outlive_queue();
+        let memory = DmaBuffer::allocate("guest", 16384, Pages::Small).expect("memory");
+        begin_three(&mut rig, &memory, 0xab);
+        let mark = rig.backing.uses_memory().mark();
+        rig.device.lock().dead = true;
+        assert!(ended(&mut rig).is_empty(), "nobody is told of an end");
+        assert!(rig.backing.is_stranded() && rig.backing.in_flight() == 3);
+        assert!(!rig.backing.uses_memory().is_over(mark), "the guest's memory is still wanted");
+        // What the device has done, and not told, does not count: it does it again.
+        rig.device.lock().media[8 * BLOCK..24 * BLOCK].fill(0x11);
+        rig.device.lock().dead = false;
+        let before = rig.device.lock().seen.len();
+        let only = (!mapped).then(|| Arc::clone(rig.bounce.arena()));
+        let limits = rig.backing.limits;
+        rig.backing.replace_queue(Box::new(Queue { device: rig.device.clone(), limits, only })).expect("stranded");
+        assert_eq!(ended(&mut rig), [1, 2, 3].map(|tag| (tag, Status::SUCCESS)));
+        let media = rig.device.lock().media.clone();
+        assert!(media[8 * BLOCK..24 * BLOCK].iter().all(|byte| *byte == 0xab), "written on the new queue");
+        let mut read = vec![0; 8192];
+        memory.part(8192, 8192).expect("piece").read(&mut read);
+        assert_eq!(read, media[64 * BLOCK..80 * BLOCK]);
+        assert!(rig.device.lock().seen.len() >= before + 5, "all of it, from the beginning");
+        assert_eq!((rig.backing.in_flight(), rig.backing.free_bounce.len()), (0, rig.backing.bounce.len()), "nothing is left behind");
+        assert!(rig.backing.uses_memory().is_over(mark));
+    }
+}
+
+#[test]
+fn what_nobody_has_another_queue_for_fails_and_is_not_sent_again() {
+    let mut rig = rig(3, 4096, 0, true);
+    rig.backing.outlive_queue();
+    let memory = DmaBuffer::allocate("guest", 16384, Pages::Small).expect("memory");
+    begin_three(&mut rig, &memory, 0xab);
+    rig.device.lock().dead = true;
+    assert!(ended(&mut rig).is_empty());
+    // Even a queue that is well again gets nothing of unknown outcome.
+    rig.device.lock().dead = false;
+    let before = rig.device.lock().seen.len();
+    rig.backing.give_up();
+    assert_eq!(ended(&mut rig), [1, 2, 3].map(|tag| (tag, Status::INTERNAL_ERROR)));
+    assert_eq!((rig.device.lock().seen.len(), rig.backing.in_flight()), (before, 0));
+}
+
+#[test]
+fn only_a_dead_queue_is_replaced_by_one_that_takes_as_much() {
+    let mut rig = rig(3, 4096, 0, true);
+    rig.backing.outlive_queue();
+    let queue = |rig: &Rig, max_transfer| {
+        let limits = QueueLimits { max_transfer, ..rig.backing.limits };
+        Box::new(Queue { device: rig.device.clone(), limits, only: None })
+    };
+    let well = queue(&rig, 4096);
+    assert_eq!(rig.backing.replace_queue(well), Err(CommandBackingError::InUse));
+    rig.device.lock().dead = true;
+    let flush = BackingRequest { op: BackingOp::Flush, slba: 0, blocks: 0, data: &[], tag: 1 };
+    assert_eq!(rig.backing.submit(&flush), Submitted::Pending);
+    assert!(ended(&mut rig).is_empty() && rig.backing.is_stranded(), "a dead queue that takes nothing strands too");
+    let small = queue(&rig, 512);
+    assert!(matches!(rig.backing.replace_queue(small), Err(CommandBackingError::NoRoom { .. })));
+    assert!(rig.backing.is_stranded());
+}
