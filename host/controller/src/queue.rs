@@ -5,6 +5,7 @@ use dray_device::memory::{Arena, DmaBuffer};
 use dray_device::poll::Time;
 use dray_device::space::SpaceReader;
 use dray_nvme::command::{NvmOpcode, SubmissionEntry};
+use crate::dptr::PAGE;
 use crate::shadow::ShadowPages;
 use dray_nvme::doorbell_buffer::{cq_head_offset, sq_tail_offset};
 use dray_nvme::registers::{cq_head_doorbell, sq_tail_doorbell};
@@ -23,16 +24,27 @@ pub(crate) const CQE_BYTES: usize = 16;
 pub(crate) struct QueueMemory {
     pub(crate) iova: u64,
     bytes: usize,
+    /// All of it, or its first page.
     buffer: DmaBuffer,
+    /// The pages behind that, where it lies in several mappings.
+    further: Box<[DmaBuffer]>,
 }
 
 impl QueueMemory {
-    /// The memory at `iova`; it must lie in one mapping (queues are contiguous: CAP.CQR).
+    /// The memory at `iova`. Its addresses are contiguous (CAP.CQR), but may still be several mappings: behind an IOMMU that a guest
+    /// programs, each page is one.
     pub(crate) fn find(reader: &SpaceReader, iova: u64, bytes: usize, write: bool) -> Result<Self, Status> {
-        let segment = reader.lookup(iova, bytes, write).ok_or(Status::DATA_TRANSFER_ERROR.with_dnr())?;
-        let buffer = DmaBuffer::new(Arc::clone(segment.arena()), segment.offset(), bytes);
-        let buffer = buffer.ok_or(Status::DATA_TRANSFER_ERROR.with_dnr())?;
-        Ok(Self { iova, bytes, buffer })
+        if let Ok(buffer) = piece(reader, iova, bytes, write) {
+            return Ok(Self { iova, bytes, buffer, further: Box::default() });
+        }
+        if !iova.is_multiple_of(PAGE as u64) {
+            return Err(NO_MEMORY);
+        }
+        let pages = (0..bytes).step_by(PAGE);
+        let page = |at: usize| piece(reader, iova.checked_add(at as u64).ok_or(NO_MEMORY)?, PAGE.min(bytes - at), write);
+        let mut pages = pages.map(page);
+        let buffer = pages.next().ok_or(NO_MEMORY)??;
+        Ok(Self { iova, bytes, buffer, further: pages.collect::<Result<_, _>>()? })
     }
 
     /// Looks the memory up again after the address space has changed; `false` when it has gone.
@@ -40,10 +52,24 @@ impl QueueMemory {
         Self::find(reader, self.iova, self.bytes, write).map(|found| *self = found).is_ok()
     }
 
+    /// Where a byte of it is. Entries divide a page: each lies in one piece.
     #[inline]
     pub(crate) fn at(&self, offset: usize) -> (&Arena, usize) {
-        (self.buffer.arena(), self.buffer.offset() + offset)
+        if self.further.is_empty() { (self.buffer.arena(), self.buffer.offset() + offset) } else { self.in_page(offset) }
     }
+
+    fn in_page(&self, offset: usize) -> (&Arena, usize) {
+        let page = (offset / PAGE).checked_sub(1).and_then(|page| self.further.get(page)).unwrap_or(&self.buffer);
+        (page.arena(), page.offset() + offset % PAGE)
+    }
+}
+
+const NO_MEMORY: Status = Status::DATA_TRANSFER_ERROR.with_dnr();
+
+/// Memory in one mapping.
+fn piece(reader: &SpaceReader, iova: u64, bytes: usize, write: bool) -> Result<DmaBuffer, Status> {
+    let segment = reader.lookup(iova, bytes, write).ok_or(NO_MEMORY)?;
+    DmaBuffer::new(Arc::clone(segment.arena()), segment.offset(), bytes).ok_or(NO_MEMORY)
 }
 
 /// A doorbell value that cannot be (Base 2.3 §5.2.2.1, asynchronous event information 01h).
@@ -134,7 +160,8 @@ impl Sq {
         // Only an entry that is there: a free place is about to be written by the guest, who would have to fetch it back.
         let next = self.next();
         if next != self.tail {
-            arena.prefetch(self.memory.at(next as usize * SQE_BYTES).1);
+            let (arena, at) = self.memory.at(next as usize * SQE_BYTES);
+            arena.prefetch(at);
         }
         entry
     }
@@ -336,5 +363,36 @@ mod tests {
         assert_eq!(cq.reserve(&bar), Ok(true));
         assert_eq!(cq.reserve(&bar), Ok(true));
         assert_eq!(cq.reserve(&bar), Ok(false), "promised slots are taken");
+    }
+
+    #[test]
+    fn a_queue_may_lie_in_several_mappings_and_in_all_of_them() {
+        const IOVA: u64 = 1 << 20;
+        let (space, bar) = (AddressSpace::default(), Bar::new().expect("bar"));
+        let page = |nth: u64| {
+            let memory = DmaBuffer::allocate("cq", PAGE, Pages::Small).expect("memory");
+            space.map_at(IOVA + nth * PAGE as u64, &memory, true).expect("map");
+            memory
+        };
+        let pages = [page(0), page(1)];
+        // Two pages and a half: the third is not there yet.
+        let entries = (2 * PAGE + PAGE / 2) / CQE_BYTES;
+        assert_eq!(QueueMemory::find(&space.reader(), IOVA, entries * CQE_BYTES, true).err(), Some(NO_MEMORY));
+        let last = page(2);
+        let memory = QueueMemory::find(&space.reader(), IOVA, entries * CQE_BYTES, true).expect("memory");
+        let mut cq = Cq::new(memory, 1, entries as u32, None);
+        for result in 0..entries as u64 - 1 {
+            assert_eq!(cq.reserve(&bar), Ok(true));
+            let at = cq.post(&Ready { sqid: 1, cid: 0, status: Status::SUCCESS, result }, 0);
+            assert_eq!(at, IOVA + result * CQE_BYTES as u64);
+        }
+        for (nth, memory) in pages.iter().chain([&last]).enumerate() {
+            for slot in (0..PAGE / CQE_BYTES).filter(|slot| nth * PAGE / CQE_BYTES + slot < entries - 1) {
+                let found = memory.arena().load64(memory.offset() + slot * CQE_BYTES, Ordering::Relaxed);
+                assert_eq!(found, (nth * PAGE / CQE_BYTES + slot) as u64, "page {nth}, slot {slot}");
+            }
+        }
+        // One that is not a page's cannot be scattered.
+        assert!(QueueMemory::find(&space.reader(), IOVA + 64, PAGE, true).is_err());
     }
 }
