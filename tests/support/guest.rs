@@ -65,8 +65,8 @@ pub struct Machine {
     disks: Vec<Disk>,
     modules: Vec<&'static str>,
     kernel: String,
-    /// Behind an emulated IOMMU.
-    iommu: bool,
+    /// Behind an emulated IOMMU: its options.
+    iommu: Option<&'static str>,
     initrd: Option<PathBuf>,
     options: Vec<String>,
 }
@@ -102,8 +102,16 @@ impl Machine {
 
     /// With an IOMMU and the modules for VFIO.
     pub fn iommu(mut self) -> Self {
-        self.iommu = true;
+        self.iommu = Some("intremap=on");
         self.modules("vfio").kernel("intel_iommu=on")
+    }
+
+    /// The same, with a vfio-user server's function behind it, 0000:01:00.0: the IOMMU tells it of each mapping (caching mode).
+    pub fn iommu_before(mut self, socket: &Path) -> Self {
+        self = self.iommu();
+        self.iommu = Some("intremap=on,caching-mode=on");
+        let device = vfio_user(socket, "\"bus\":\"rp\",");
+        self.qemu(&["-device", "pcie-root-port,id=rp,slot=1,chassis=1", "-device", &device])
     }
 
     /// With another initial RAM disk than the usual one.
@@ -126,22 +134,19 @@ impl Machine {
         let kernel = format!("console=ttyS0 panic=-1 quiet no_timer_check dray.modules={} {}", self.modules.join(","), self.kernel);
         // A nested KVM may be there that cannot run stock kernels: emulation is asked for by name. Without rdrand a young guest
         // has no random numbers yet.
-        let machine = if self.iommu { "q35,kernel-irqchip=split,memory-backend=memory" } else { "q35,memory-backend=memory" };
+        let machine = if self.iommu.is_some() { "q35,kernel-irqchip=split,memory-backend=memory" } else { "q35,memory-backend=memory" };
         qemu.args(["-machine", machine, "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand", "-smp", "2"]);
         qemu.args(["-object", &memory, "-m", &size, "-nodefaults", "-nographic", "-append", &kernel]);
         let initrd = self.initrd.clone().unwrap_or_else(|| folder.join("initrd.cpio"));
         qemu.arg("-kernel").arg(folder.join("vmlinuz")).arg("-initrd").arg(initrd);
         qemu.args(["-serial", &format!("file:{}", kernel_log.display()), "-serial", "stdio"]);
-        if self.iommu {
-            qemu.args(["-device", "intel-iommu,intremap=on"]);
+        if let Some(iommu) = self.iommu {
+            qemu.args(["-device", &format!("intel-iommu,{iommu}")]);
         }
         qemu.args(&self.options);
         for (at, disk) in self.disks.iter().enumerate() {
             match disk {
-                Disk::VfioUser(socket) => {
-                    let socket = socket.display();
-                    qemu.args(["-device", &format!("{{\"driver\":\"vfio-user-pci\",\"socket\":{{\"type\":\"unix\",\"path\":\"{socket}\"}}}}")])
-                }
+                Disk::VfioUser(socket) => qemu.args(["-device", &vfio_user(socket, "")]),
                 Disk::Emulated(file) => {
                     qemu.args(["-drive", &format!("file={},if=none,id=disk{at},format=raw", file.display())]);
                     qemu.args(["-device", &format!("nvme,serial=emulated-{at},drive=disk{at}")])
@@ -153,6 +158,12 @@ impl Machine {
         }
         qemu
     }
+}
+
+/// The function of a vfio-user server, with more keys.
+fn vfio_user(socket: &Path, keys: &str) -> String {
+    let socket = socket.display();
+    format!("{{\"driver\":\"vfio-user-pci\",{keys}\"socket\":{{\"type\":\"unix\",\"path\":\"{socket}\"}}}}")
 }
 
 /// Why a step did not work.

@@ -2,7 +2,8 @@
 //! appliance has its management controller.
 //!
 //! The drive is a software subsystem of this process, its management controller behind a vfio-user socket: what has it sees a
-//! function, as with a drive by VFIO. The guest drives the migratable controller here, past the appliance.
+//! function, as with a drive by VFIO; in one test it is a PCI function of a virtual machine, which the appliance in there has by VFIO.
+//! The guest drives the migratable controller here, past the appliance.
 #![allow(missing_docs)]
 
 use dray::core::records::{FileMedium, RecordStore};
@@ -19,6 +20,8 @@ use dray_migration::{Owner, Record, RecordPhase};
 use dray_nvme::command::{NamespaceAttachmentSelect, SubmissionEntry};
 use dray_nvme::identify::write_controller_list;
 use dray_nvme::state::ControllerState;
+use dray_tests::dray_in_guest::Initrd;
+use dray_tests::guest::{Guest as Virtual, Machine};
 use dray_tests::serving::{Place, Running};
 use dray_workload::guest::{Guest, GuestConfig, GuestHandle};
 use dray_workload::ledger::{Ledger, LedgerSpec};
@@ -215,17 +218,20 @@ fn start_far(place: &Place) -> Running {
     place.start("far.toml")
 }
 
-/// The appliance that has the drive's management controller.
-fn start_near(place: &Place, far: &Running, keys: &str) -> Running {
+/// The configuration of the appliance that has the drive's management controller, reached that way.
+fn near(drive: &str, far: &str, keys: &str) -> String {
     let devices = format!(
-        "[[device]]\nname = \"drive\"\nvfio-user = \"drive.sock\"\nhold = true\n\
-         [[device]]\nname = \"far\"\nnvme-tcp = \"{}\"\nnqn = \"{FAR}\"\nhost-nqn = \"{HOST}\"\n",
-        far.address()
+        "[[device]]\nname = \"drive\"\n{drive}hold = true\n\
+         [[device]]\nname = \"far\"\nnvme-tcp = \"{far}\"\nnqn = \"{FAR}\"\nhost-nqn = \"{HOST}\"\n"
     );
     let nqn = "nqn.2026-11.org.example:near";
     let ends = [subsystem("source", nqn, MEMORY), subsystem("destination", nqn, MEMORY)].concat();
-    let text = format!("[core]\nstate = \"near\"\n{devices}{ends}{}", tail("source", "destination", keys));
-    place.write("near.toml", &text);
+    format!("[core]\nstate = \"near\"\n{devices}{ends}{}", tail("source", "destination", keys))
+}
+
+/// That appliance, here.
+fn start_near(place: &Place, far: &Running, keys: &str) -> Running {
+    place.write("near.toml", &near("vfio-user = \"drive.sock\"\n", &far.address(), keys));
     place.start("near.toml")
 }
 
@@ -482,4 +488,37 @@ fn a_drive_that_is_not_tested_is_compared_or_does_not_move() {
     assert!(parts.contains("\"compare\""), "{parts}");
     judge(&place, &drive);
     drop(near);
+}
+
+/// The management controller is a PCI function of a virtual machine, behind an emulated IOMMU, and the appliance in there has it
+/// through the kernel's VFIO: its queue, its data and its state cross that.
+#[test]
+fn by_vfio_a_controller_leaves_as_well() {
+    let _turn = dray_tests::guest::turn();
+    let place = Place::new("device-move-vfio");
+    let drive = Drive::start(place.folder(), "Dray software controller");
+    let far = start_far(&place);
+    let port = far.address().rsplit_once(':').map(|(_, port)| port.to_owned()).expect("a port");
+    let config = near("pci = \"0000:01:00.0\"\nbind = true\n", &format!("10.0.2.2:{port}"), "downtime = \"20s\"\n");
+    let initrd = Initrd::with_dray_and(&[("near.toml", config.as_bytes())]);
+    let machine = Machine::new("device-move").network().iommu_before(&place.path("drive.sock")).initrd(initrd.path());
+    let mut guest = Virtual::boot(&machine);
+    guest.run("net");
+    guest.run("cp /near.toml /tmp/near.toml; start run 'dray --config /tmp/near.toml run'");
+    guest.run("await 120 grep -q ^ready /tmp/run.log");
+    let said = guest.run("cat /tmp/run.log");
+    assert!(said.contains("drive: pci 0000:01:00.0; host-managed live migration: it tracks"), "{said}");
+    drive.goes_on();
+    let command = MOVE.join(" ").replace("vm.state", "/tmp/vm.state");
+    let moved = guest.run_within(&format!("dray --config /tmp/near.toml {command} --json 2>&1 | cat"), Duration::from_secs(180));
+    assert!(moved.contains("\"outcome\":\"moved\""), "{moved}");
+    judge(&place, &drive);
+    // What was written to the file is what the drive said.
+    let bytes = guest.run("od -An -v -tx1 /tmp/vm.state");
+    let bytes: Vec<u8> = bytes.split_whitespace().map(|byte| u8::from_str_radix(byte, 16).expect("a byte")).collect();
+    let state = ControllerState::parse(&bytes).expect("a state");
+    assert!(bytes[2] & 1 == 1 && state.nvme.is_some_and(|nvme| nvme.sqs().len() == 1), "suspended, with the guest's queue");
+    guest.run("stop --config /tmp/near.toml run");
+    guest.run("finish run 60");
+    guest.off();
 }

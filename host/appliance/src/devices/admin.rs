@@ -9,6 +9,7 @@ use crate::run::exports::secret;
 use dray_device::command::{CommandQueue, SubmitError};
 use dray_device::poll::{Poll, Time};
 use dray_device::function::Function;
+use dray_device::memory::Pages;
 use dray_device::socket::{Stream, TcpSocket, UnixSocket};
 use dray_device::space::AddressSpace;
 use dray_device::vfio::VfioFunction;
@@ -92,11 +93,11 @@ pub(super) enum Admin {
 }
 
 impl Admin {
-    /// Drives a function until it is ready.
-    pub(super) fn function(name: &str, function: Driven, clock: Clock) -> Result<Self, DeviceError> {
+    /// Drives a function until it is ready. `pages`: what its queues are made of.
+    pub(super) fn function(name: &str, function: Driven, pages: Pages, clock: Clock) -> Result<Self, DeviceError> {
         let queues = if matches!(function, Driven::Socket(_)) { POLLED_QUEUES } else { function.vectors().clamp(1, 64) };
         let watch_ready = matches!(function, Driven::Pci(_));
-        let config = DriverConfig { io_queues: u16::try_from(queues).unwrap_or(1), watch_ready, ..DriverConfig::default() };
+        let config = DriverConfig { io_queues: u16::try_from(queues).unwrap_or(1), watch_ready, pages, ..DriverConfig::default() };
         let driver = Driver::new(function.function(), config).map_err(|error| DeviceError::failed(name, &error))?;
         let mut admin = Self::Function(Box::new(driver), function);
         admin.ready(name, clock)?;

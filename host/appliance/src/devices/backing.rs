@@ -170,14 +170,14 @@ impl Backing for DeviceBacking {
 impl Drop for DeviceBacking {
     fn drop(&mut self) {
         // What is under way ends first: nobody will take it in afterwards.
-        if let Some(inner) = self.inner.as_mut().filter(|inner| inner.is_stranded()) {
-            inner.give_up();
-        }
         let began = Instant::now();
         while let Some(inner) = self.inner.as_mut().filter(|inner| inner.in_flight() > 0) {
             if began.elapsed() > DRAIN {
                 tracing::warn!("{}: {} operations did not end", self.device.name(), inner.in_flight());
                 break;
+            }
+            if inner.is_stranded() {
+                inner.give_up();
             }
             inner.poll(self.last.after_us(u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX)), &mut |_, _| ());
             std::thread::yield_now();

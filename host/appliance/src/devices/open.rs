@@ -9,6 +9,7 @@ use crate::config::device::{Device, Iommu, Way, uuid};
 use crate::core::clock::Clock;
 use dray_controller::{CommandBackingConfig, UsesMemory};
 use dray_device::command::CommandQueue;
+use dray_device::memory::Pages;
 use dray_device::pci::{Inventory, PciAddress};
 use dray_device::space::AddressSpace;
 use dray_device::vfio::{IommuChoice, VfioConfig, VfioFunction, VfioSpace};
@@ -222,7 +223,9 @@ impl OpenDevice {
                     let function = VfioFunction::open(&address, &space, &VfioConfig { vf_token, ..VfioConfig::default() });
                     let function = function.map_err(|error| DeviceError::failed(&name, &error))?;
                     memory = Some(space.space().clone());
-                    Admin::function(&name, Driven::Pci(function), clock)
+                    // Without an IOMMU only huge pages lie as a device must see them.
+                    let pages = if space.choice() == IommuChoice::UnsafeNone { Pages::PreferHuge } else { Pages::Small };
+                    Admin::function(&name, Driven::Pci(function), pages, clock)
                 });
                 if made.is_err() {
                     unbind(&name, bound);
@@ -234,7 +237,7 @@ impl OpenDevice {
             Way::VfioUser(path) => {
                 let function = Driven::behind(&name, &config.path(&path))?;
                 memory = Some(function.function().space().clone());
-                Admin::function(&name, function, clock)?
+                Admin::function(&name, function, Pages::Small, clock)?
             }
         };
         let shared = Arc::new(Shared {
