@@ -67,7 +67,7 @@ impl QueueMemory {
 const NO_MEMORY: Status = Status::DATA_TRANSFER_ERROR.with_dnr();
 
 /// Memory in one mapping.
-fn piece(reader: &SpaceReader, iova: u64, bytes: usize, write: bool) -> Result<DmaBuffer, Status> {
+pub(crate) fn piece(reader: &SpaceReader, iova: u64, bytes: usize, write: bool) -> Result<DmaBuffer, Status> {
     let segment = reader.lookup(iova, bytes, write).ok_or(NO_MEMORY)?;
     DmaBuffer::new(Arc::clone(segment.arena()), segment.offset(), bytes).ok_or(NO_MEMORY)
 }

@@ -17,6 +17,7 @@
 
 use crate::deviations::{Deviating, Deviation};
 use crate::dptr::PAGE;
+use crate::queue;
 use arrayvec::ArrayVec;
 use dray_device::memory::{Arena, DmaBuffer};
 use dray_device::planted::{self, Fault};
@@ -24,7 +25,6 @@ use dray_device::space::SpaceReader;
 use dray_nvme::cdq::{Esa, UDMQ_ENTRY_BYTES, UDMQ_PHASE_MASK, UdmqEntry};
 use dray_nvme::status::Status;
 use std::ops::BitOrAssign;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// Slots below which a log never begins: one for FIRST, one for the log's end, one that a ring cannot use.
@@ -42,10 +42,7 @@ struct Piece {
 
 impl Piece {
     fn find(reader: &SpaceReader, iova: u64, bytes: usize) -> Result<Self, Status> {
-        let missing = Status::DATA_TRANSFER_ERROR.with_dnr();
-        let segment = reader.lookup(iova, bytes, true).ok_or(missing)?;
-        let memory = DmaBuffer::new(Arc::clone(segment.arena()), segment.offset(), bytes).ok_or(missing)?;
-        Ok(Self { iova, memory })
+        Ok(Self { iova, memory: queue::piece(reader, iova, bytes, true)? })
     }
 }
 

@@ -329,7 +329,7 @@ fn ended(rig: &mut Rig) -> Vec<(u64, Status)> {
 #[test]
 fn operations_outlive_a_dead_queue_and_are_carried_out_anew() {
     for mapped in [true, false] {
-        // Eight blocks to a command: operations are of several, some ended, some under way, some not sent.
+        // Eight blocks to a command: operations are of several, some of them under way, some not sent.
         let mut rig = rig(3, 4096, 0, mapped);
         rig.backing.outlive_queue();
         let memory = DmaBuffer::allocate("guest", 16384, Pages::Small).expect("memory");
