@@ -25,10 +25,12 @@ use crate::config::Config;
 use crate::config::device::{Device, Way};
 use dray_controller::CommandBackingConfig;
 use dray_device::backing::Backing;
+use dray_device::pci::BindError;
 use dray_device::space::AddressSpace;
 use dray_device::vfio::VfioSpace;
 use dray_migration::CopyGeometry;
 use dray_nvme::identify::IdentifyController;
+use miette::miette;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -145,6 +147,17 @@ impl Devices {
         let mut opened = self.lock();
         opened.guests.push(space.clone());
         opened.devices.values().filter_map(Weak::upgrade).try_for_each(|device| device.follow(space))
+    }
+}
+
+/// Why a function was not bound, unbound or given virtual functions, with what helps against it.
+pub fn refused(error: BindError) -> miette::Report {
+    match &error {
+        BindError::InUse { .. } => miette!(help = "unmount it, switch it off, or take it apart first; nothing was changed", "{error}"),
+        BindError::Kernel { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
+            miette!(help = "it takes root", "{error}")
+        }
+        _ => miette!("{error}"),
     }
 }
 

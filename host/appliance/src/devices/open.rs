@@ -3,7 +3,7 @@
 use super::admin::{Admin, Driven};
 use super::memory::GuestMemory;
 use super::requeue::{Promise, Requeue, Seat};
-use super::virtual_functions::{self, VirtualFunction, VirtualFunctions};
+use super::virtual_functions::{Online, VirtualFunction};
 use crate::config::Config;
 use crate::config::device::{Device, Iommu, Way, uuid};
 use crate::core::clock::Clock;
@@ -15,7 +15,6 @@ use dray_device::space::AddressSpace;
 use dray_device::vfio::{IommuChoice, VfioConfig, VfioFunction, VfioSpace};
 use dray_driver::Driver;
 use dray_driver::passthru::node::{block_devices, namespace_device};
-use dray_driver::virtualization::Step;
 use dray_nvme::command::SubmissionEntry;
 use dray_nvme::identify::{Cns, CommandSetId, IDENTIFY_BYTES, IdentifyController, IdentifyNamespace, controller_list};
 use dray_nvme::status::Status;
@@ -95,54 +94,8 @@ impl Shared {
         self.admin.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Behind a reset of the device, whoever asked for it, the secondary controllers are offline.
-    fn keep_online(&self, admin: &mut Admin) {
-        let mut virtual_functions = self.virtual_functions.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(online), Some(generation)) = (virtual_functions.as_mut(), admin.generation())
-            && online.generation != generation
-        {
-            // Once for each reset, however it ends: a controller that refuses is not asked for ever.
-            online.generation = generation;
-            let mut primary = Primary { name: &self.name, admin, clock: self.clock };
-            match virtual_functions::bring_online(&mut primary, online.address, &mut online.made.plan) {
-                Ok(()) => tracing::warn!("device \"{}\" was reset: its virtual functions are online again", self.name),
-                Err(error) => tracing::error!("device \"{}\" was reset, and its virtual functions are offline: {error}", self.name),
-            }
-        }
-    }
-}
-
-/// Virtual functions that are there, and are kept online.
-struct Online {
-    address: PciAddress,
-    made: VirtualFunctions,
-    /// The device's resets when they were brought online.
-    generation: u32,
-}
-
-/// The device as whoever gives out its resources sees it.
-struct Primary<'a> {
-    name: &'a str,
-    admin: &'a mut Admin,
-    clock: Clock,
-}
-
-impl virtual_functions::Primary for Primary<'_> {
-    fn identify(&mut self, cns: Cns) -> miette::Result<Vec<u8>> {
-        let entry = SubmissionEntry::identify(cns, 0, 0, CommandSetId::NVM);
-        Ok(self.admin.ask(self.name, &cns.to_string(), self.clock, &entry, IDENTIFY_BYTES)?)
-    }
-
-    fn take(&mut self, step: &Step) -> miette::Result<()> {
-        let status = self.admin.tell(self.name, &step.to_string(), self.clock, &step.entry(), &[])?;
-        if status.is_error() {
-            return Err(DeviceError::Refused { name: self.name.to_owned(), what: step.to_string(), status }.into());
-        }
-        Ok(())
-    }
-
-    fn reset(&mut self) -> miette::Result<()> {
-        Ok(self.admin.reset(self.name, self.clock)?)
+    fn online(&self) -> MutexGuard<'_, Option<Online>> {
+        self.virtual_functions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -284,35 +237,16 @@ impl OpenDevice {
     /// # Errors
     /// Nothing of them is left then.
     pub fn make_virtual_functions(&self, address: PciAddress, count: NonZeroU16) -> miette::Result<()> {
-        let inventory = Inventory::of_this_machine();
         let mut admin = self.shared.admin();
-        let mut primary = Primary { name: self.name(), admin: &mut admin, clock: self.shared.clock };
-        let made = virtual_functions::make(&inventory, &mut primary, address, count.get())?;
-        let generation = admin.generation().ok_or_else(|| DeviceError::failed(self.name(), &"it was reset meanwhile"))?;
-        let functions = made.functions.clone();
+        let online = Online::make(self.name(), &mut admin, self.shared.clock, address, count)?;
         // From here on they go with the device.
-        *self.online() = Some(Online { address, made, generation });
-        functions.into_iter().try_for_each(|function| inventory.bind(function).map(drop).map_err(virtual_functions::refused))
+        self.shared.online().insert(online).give_to_vfio()
     }
 
     /// Its virtual functions, each with what it has.
     #[must_use]
     pub fn virtual_functions(&self) -> Vec<VirtualFunction> {
-        self.online().as_ref().map(|online| online.made.each().collect()).unwrap_or_default()
-    }
-
-    fn online(&self) -> MutexGuard<'_, Option<Online>> {
-        self.shared.virtual_functions.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes its virtual functions away, unless someone has one: that one then sees its controller go offline, and is not waited for.
-    fn clear_virtual_functions(&self) {
-        let Some(Online { address, .. }) = self.online().take() else { return };
-        let mut admin = self.shared.admin();
-        let mut primary = Primary { name: self.name(), admin: &mut admin, clock: self.shared.clock };
-        if let Err(error) = virtual_functions::clear(&Inventory::of_this_machine(), &mut primary, address) {
-            tracing::warn!("device \"{}\": its virtual functions stay, without anybody to drive their drive: {error}", self.name());
-        }
+        self.shared.online().as_ref().map(|online| online.made().each().collect()).unwrap_or_default()
     }
 
     /// Where memory is mapped for it; `None` where it needs none to be.
@@ -543,7 +477,9 @@ fn tend(shared: &Shared) {
             admin.let_go(why);
             shared.lost.store(true, Ordering::Release);
         }
-        shared.keep_online(&mut admin);
+        if let Some(online) = shared.online().as_mut() {
+            online.keep(&shared.name, &mut admin, shared.clock);
+        }
         shared.requeue.serve(&shared.name, &mut admin, shared.clock);
         drop(admin);
         if let Some(space) = &shared.space {
@@ -570,7 +506,9 @@ impl Drop for OpenDevice {
         {
             tracing::warn!("device \"{}\": its thread has died", self.shared.name);
         }
-        self.clear_virtual_functions();
+        if let Some(online) = self.shared.online().take() {
+            online.clear(self.name(), &mut self.shared.admin(), self.shared.clock);
+        }
         self.shared.admin().close(&self.shared.name, self.shared.clock);
         if self.bound.is_some() {
             // The function has to be closed before its driver can have it again.

@@ -4,12 +4,18 @@
 //! driver, a command for as long as it runs ([`crate::cli`]), or the appliance, whose [`OpenDevice`](super::OpenDevice) brings them
 //! back online behind each reset of its own.
 
-use dray_device::pci::{BindError, Inventory, PciAddress};
+use super::admin::Admin;
+use super::open::DeviceError;
+use super::refused;
+use crate::core::clock::Clock;
+use dray_device::pci::{Inventory, PciAddress};
 use dray_driver::virtualization::{self, Plan, Share, Step};
-use dray_nvme::identify::{Cns, IdentifyController, SecondaryController, secondary_controllers};
+use dray_nvme::command::SubmissionEntry;
+use dray_nvme::identify::{Cns, CommandSetId, IDENTIFY_BYTES, IdentifyController, SecondaryController, secondary_controllers};
 use dray_nvme::virtualization::PrimaryCapabilities;
 use miette::miette;
 use std::fmt;
+use std::num::NonZeroU16;
 use zerocopy::FromBytes;
 
 /// The primary controller, by whoever drives it.
@@ -66,17 +72,6 @@ impl VirtualFunctions {
             let address = usize::from(share.function).checked_sub(1).and_then(|at| self.functions.get(at)).copied();
             VirtualFunction { address, share: *share }
         })
-    }
-}
-
-/// A refusal with what helps against it.
-pub fn refused(error: BindError) -> miette::Report {
-    match &error {
-        BindError::InUse { .. } => miette!(help = "unmount it, switch it off, or take it apart first; nothing was changed", "{error}"),
-        BindError::Kernel { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
-            miette!(help = "it takes root", "{error}")
-        }
-        _ => miette!("{error}"),
     }
 }
 
@@ -175,4 +170,73 @@ fn take_resources(primary: &mut dyn Primary) -> miette::Result<()> {
 
 fn secondaries(primary: &mut dyn Primary) -> miette::Result<Vec<SecondaryController>> {
     Ok(secondary_controllers(&primary.identify(Cns::SECONDARY_CONTROLLERS)?).collect())
+}
+
+/// Virtual functions of an open device, which keeps them online.
+pub(super) struct Online {
+    address: PciAddress,
+    made: VirtualFunctions,
+    /// The device's resets when they were brought online.
+    generation: u32,
+}
+
+impl Online {
+    pub(super) fn make(name: &str, admin: &mut Admin, clock: Clock, address: PciAddress, count: NonZeroU16) -> miette::Result<Self> {
+        let made = make(&Inventory::of_this_machine(), &mut OfDevice { name, admin, clock }, address, count.get())?;
+        let generation = admin.generation().ok_or_else(|| DeviceError::failed(name, &"it was reset meanwhile"))?;
+        Ok(Self { address, made, generation })
+    }
+
+    pub(super) fn made(&self) -> &VirtualFunctions {
+        &self.made
+    }
+
+    pub(super) fn give_to_vfio(&self) -> miette::Result<()> {
+        let inventory = Inventory::of_this_machine();
+        self.made.functions.iter().try_for_each(|function| inventory.bind(*function).map(drop).map_err(refused))
+    }
+
+    /// Behind a reset of the device, whoever asked for it, they are offline: brings them back.
+    pub(super) fn keep(&mut self, name: &str, admin: &mut Admin, clock: Clock) {
+        let Some(generation) = admin.generation().filter(|generation| *generation != self.generation) else { return };
+        // Once for each reset, however it ends: a controller that refuses is not asked for ever.
+        self.generation = generation;
+        match bring_online(&mut OfDevice { name, admin, clock }, self.address, &mut self.made.plan) {
+            Ok(()) => tracing::warn!("device \"{name}\" was reset: its virtual functions are online again"),
+            Err(error) => tracing::error!("device \"{name}\" was reset, and its virtual functions are offline: {error}"),
+        }
+    }
+
+    /// Takes them away, unless someone has one: that one then sees its controller go offline, and is not waited for.
+    pub(super) fn clear(self, name: &str, admin: &mut Admin, clock: Clock) {
+        if let Err(error) = clear(&Inventory::of_this_machine(), &mut OfDevice { name, admin, clock }, self.address) {
+            tracing::warn!("device \"{name}\": its virtual functions stay, without anybody to drive their drive: {error}");
+        }
+    }
+}
+
+/// An open device as the primary controller.
+struct OfDevice<'a> {
+    name: &'a str,
+    admin: &'a mut Admin,
+    clock: Clock,
+}
+
+impl Primary for OfDevice<'_> {
+    fn identify(&mut self, cns: Cns) -> miette::Result<Vec<u8>> {
+        let entry = SubmissionEntry::identify(cns, 0, 0, CommandSetId::NVM);
+        Ok(self.admin.ask(self.name, &cns.to_string(), self.clock, &entry, IDENTIFY_BYTES)?)
+    }
+
+    fn take(&mut self, step: &Step) -> miette::Result<()> {
+        let status = self.admin.tell(self.name, &step.to_string(), self.clock, &step.entry(), &[])?;
+        if status.is_error() {
+            return Err(DeviceError::Refused { name: self.name.to_owned(), what: step.to_string(), status }.into());
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> miette::Result<()> {
+        Ok(self.admin.reset(self.name, self.clock)?)
+    }
 }

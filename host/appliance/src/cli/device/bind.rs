@@ -2,7 +2,7 @@
 
 use super::physical::address;
 use super::print;
-use crate::devices::virtual_functions::refused;
+use crate::devices::refused;
 use dray_device::pci::{Bound, Inventory, PciFunction};
 use std::process::ExitCode;
 

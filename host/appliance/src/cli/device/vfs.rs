@@ -6,7 +6,8 @@
 use super::physical::{PciArgs, address, uuid};
 use super::print;
 use super::session::Session;
-use crate::devices::virtual_functions::{self, Primary, VirtualFunctions, refused};
+use crate::devices::refused;
+use crate::devices::virtual_functions::{self, Primary, VirtualFunctions};
 use dray_device::function::Function;
 use dray_device::pci::{Inventory, KernelController, PciAddress, PciFunction, VFIO_PCI};
 use dray_device::vfio::VfioFunction;
